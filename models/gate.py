@@ -1,0 +1,146 @@
+"""What a gated network is: gates, the groups of channels that hang together, and the base class of all networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+
+class Gate(nn.Module):
+    """Multiply every channel by a frozen factor: ``y = gate * x``, all ones in a network that keeps everything.
+
+    A gate stands where zeroing one of its entries silences exactly one channel and where silencing equals removing, so
+    that a pruning plan can be tried as a mask before anything is cut.
+
+    Shape: (B, C, H, W) -> (B, C, H, W); the parameter ``gate`` is (1, C, 1, 1).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(1, channels, 1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate * x
+
+    def extra_repr(self) -> str:
+        return str(self.gate.shape[1])
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that live or die together, and every place where they are. All fields hold module names.
+
+    Attributes:
+        name: the name of the first gate, e.g. ``features.2`` or ``layer1.0.gate3``.
+        gates: the gates that carry the channels; with k gates, a channel counts k times in a pruning ratio.
+        norms: the BatchNorms whose gamma, its gradient and beta score the channels.
+        outputs: the modules that lose outputs with a channel: convolution, norm, gate, shortcut, depthwise convolution...
+        inputs: the modules that lose inputs: the next convolutions, the classifier, a shortcut...
+        positions: the place of each gate among all gates of the network, in module order; ties between scores are
+            broken by it. ``GatedModel.channel_groups`` fills it in; groups without it count in the order they are listed.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    norms: tuple[str, ...]
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    positions: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for field in ("gates", "norms", "outputs", "inputs"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.gates or self.name != self.gates[0]:
+            raise ValueError(
+                f"channel group {self.name!r}: its name must be that of its first gate, {self.gates[:1]}"
+            )
+        if self.positions and len(self.positions) != len(self.gates):
+            raise ValueError(
+                f"channel group {self.name!r}: {len(self.positions)} positions for {len(self.gates)} gates"
+            )
+
+    @classmethod
+    def around(cls, gates, norms, outputs, inputs) -> ChannelGroup:
+        """A group named after its first gate; gates and norms lose outputs too and need not be listed again."""
+        return cls(gates[0], gates, norms, (*outputs, *norms, *gates), inputs)
+
+
+class GatedModel(nn.Module):
+    """A network with gates that lists its own channel groups; nothing else in the project knows an architecture.
+
+    A subclass builds its layers, sets ``head`` to the name of its classifier and writes ``_channel_groups``.
+
+    Attributes:
+        net: registry name, set by ``models.build_model``.
+        num_classes: outputs of the classifier.
+        kept: for every group that has been pruned, the channels of the *unpruned* network that are still there. Together
+            with ``net`` and ``num_classes`` it rebuilds the network's shape; ``utils.surgery.prune`` keeps it up to date.
+    """
+
+    net: str = ""
+    head: str = ""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        self.num_classes = num_classes
+        self.kept: dict[str, list[int]] = {}
+
+    def _channel_groups(self) -> Iterator[ChannelGroup]:
+        """The groups, in any order; checked, completed and sorted by ``channel_groups``."""
+        raise NotImplementedError
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """All prunable channels of the network in forward order.
+
+        Raises ValueError with the layer's name where a group names no layer, or layers of different widths.
+        """
+        modules = dict(self.named_modules())
+        positions = {
+            name: i for i, name in enumerate(n for n, m in modules.items() if isinstance(m, Gate))
+        }
+        groups = []
+        for group in self._channel_groups():
+            for name in (*group.gates, *group.norms, *group.outputs, *group.inputs):
+                if name not in modules:
+                    raise ValueError(
+                        f"channel group {group.name}: the network has no layer {name!r}"
+                    )
+            widths = {name: modules[name].gate.shape[1] for name in group.gates}
+            widths |= {name: modules[name].num_features for name in group.norms}
+            if len(set(widths.values())) > 1:
+                raise ValueError(
+                    f"channel group {group.name}: its layers differ in width: {widths}"
+                )
+            groups.append(replace(group, positions=tuple(positions[name] for name in group.gates)))
+        return sorted(groups, key=lambda group: group.positions)
+
+    def group_widths(self) -> dict[str, int]:
+        """Channels of every group, by group name."""
+        return {
+            group.name: self.get_submodule(group.name).gate.shape[1]
+            for group in self.channel_groups()
+        }
+
+    def pruning_stages(self) -> list[tuple[str, ...]]:
+        """Names of the groups that gradual pruning (``--smooth``) cuts together before it fine-tunes: one group a stage.
+
+        Residual networks override this with one stage per residual block.
+        """
+        return [(group.name,) for group in self.channel_groups()]
+
+
+def init_he_normal(model: nn.Module) -> None:
+    """He initialisation over the fan-out (He et al., ICCV 2015, eq. 14) for convolutions; identity for the norms."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

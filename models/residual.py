@@ -1,0 +1,93 @@
+"""Residual networks: how blocks hang together through the streams that they read from and add to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from models.gate import ChannelGroup, GatedModel
+
+
+class ResidualBlock(nn.Module):
+    """A block of ``conv{k} bn{k} gate{k}`` for k = 1..depth; the last gate follows the addition of the shortcut."""
+
+    depth: int
+
+    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
+        """(layers that read the stream before the block, layers that write the one after it); None for an identity."""
+        raise NotImplementedError
+
+
+class ResidualModel(GatedModel):
+    """A stem ``conv1 bn1 gate1``, residual blocks in forward order, and a linear head.
+
+    A residual stream runs through all blocks with an identity shortcut and ends at one whose shortcut changes the width;
+    everything that adds to it or reads it is cut together.
+    """
+
+    def _blocks(self) -> dict[str, ResidualBlock]:
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, ResidualBlock)
+        }
+
+    def _channel_groups(self) -> Iterator[ChannelGroup]:
+        stream = _Stream("", 1)
+        for name, block in self._blocks().items():
+            for k in range(1, block.depth):
+                conv, norm, gate, reader = (
+                    f"{name}.conv{k}",
+                    f"{name}.bn{k}",
+                    f"{name}.gate{k}",
+                    f"{name}.conv{k + 1}",
+                )
+                yield ChannelGroup.around([gate], [norm], [conv], [reader])
+            stream.readers.append(f"{name}.conv1")
+            shortcut = block.shortcut_layers()
+            if shortcut is None:
+                stream.add(f"{name}.", block.depth)
+            else:
+                readers, writers = ([f"{name}.{layer}" for layer in layers] for layers in shortcut)
+                stream.readers += readers
+                yield stream.group()
+                stream = _Stream(f"{name}.", block.depth)
+                stream.writers += writers
+        stream.readers.append(self.head)
+        yield stream.group()
+
+    def pruning_stages(self) -> list[tuple[str, ...]]:
+        """One stage per block: its inner channels and, with the first block that adds to a stream, the whole stream.
+
+        A stem that no block adds to goes with the first block.
+        """
+        stages: dict[str, list[str]] = {block: [] for block in self._blocks()}
+        for group in self.channel_groups():
+            owners = [
+                block
+                for block in stages
+                if any(gate.startswith(f"{block}.") for gate in group.gates)
+            ]
+            stages[owners[0] if owners else next(iter(stages))].append(group.name)
+        return [tuple(stage) for stage in stages.values()]
+
+
+class _Stream:
+    """A residual stream while the walk through the blocks collects who writes and who reads it."""
+
+    def __init__(self, prefix: str, k: int):
+        self.gates: list[str] = []
+        self.norms: list[str] = []
+        self.writers: list[str] = []
+        self.readers: list[str] = []
+        self.add(prefix, k)
+
+    def add(self, prefix: str, k: int) -> None:
+        """The layers ``conv{k} bn{k} gate{k}`` below ``prefix`` write this stream."""
+        self.gates.append(f"{prefix}gate{k}")
+        self.norms.append(f"{prefix}bn{k}")
+        self.writers.append(f"{prefix}conv{k}")
+
+    def group(self) -> ChannelGroup:
+        return ChannelGroup.around(self.gates, self.norms, self.writers, self.readers)

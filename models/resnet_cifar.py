@@ -1,0 +1,98 @@
+"""Gated ResNets for CIFAR (He et al., CVPR 2016, section 4.2): 3 stages of 16, 32 and 64 channels, option-A shortcuts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gate import Gate, init_he_normal
+from models.residual import ResidualBlock, ResidualModel
+
+
+class PadShortcut(nn.Module):
+    """Option-A shortcut: every second pixel, and channels of zeros on either side. No parameters.
+
+    ``source[j]`` is the input channel that output channel j copies, or -1 where it is zero. Surgery on either side of
+    the shortcut edits this map only (``keep_outputs``, ``keep_inputs`` in utils/surgery.py), so that any subset of the
+    channels before and any subset after still meet at the right places. The map follows from the pruning plan and is
+    not part of the state dict.
+
+    Shape: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))
+    """
+
+    source: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.in_channels = in_channels
+        self.stride = stride
+        side = (out_channels - in_channels) // 2
+        source = torch.full((out_channels,), -1)
+        source[side : side + in_channels] = torch.arange(in_channels)
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(
+            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, 1)
+        )  # one channel of zeros, at index C_in
+        return x.index_select(1, self.source % (self.in_channels + 1))  # -1 becomes C_in
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {len(self.source)}, stride={self.stride}"
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and a shortcut; the last gate stands after the addition, before the ReLU."""
+
+    depth = 2
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.gate1 = Gate(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        changes = stride != 1 or in_channels != channels
+        self.shortcut = PadShortcut(in_channels, channels, stride) if changes else nn.Identity()
+        self.gate2 = Gate(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        return F.relu(self.gate2(self.bn2(self.conv2(out)) + self.shortcut(x)))
+
+    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
+        return None if isinstance(self.shortcut, nn.Identity) else (["shortcut"], ["shortcut"])
+
+
+class GateResNetCifar(ResidualModel):
+    """ResNet of depth 6n + 2 with n BasicBlocks a stage.
+
+    Shape: (B, 3, H, W) -> (B, num_classes)
+    """
+
+    head = "linear"
+
+    def __init__(self, depth: int, num_classes: int = 10):
+        super().__init__(num_classes)
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.gate1 = Gate(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        init_he_normal(self)
+        nn.init.kaiming_normal_(self.linear.weight)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))

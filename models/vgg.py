@@ -1,0 +1,57 @@
+"""Gated VGG networks with BatchNorm (Simonyan and Zisserman, ICLR 2015), in the CIFAR form with one linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from models.gate import ChannelGroup, GatedModel, Gate, init_he_normal
+
+WIDTHS = {
+    11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    13: (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    16: (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"),
+    19: (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"),
+}
+
+
+class GateVGG(GatedModel):
+    """``features`` is one Sequential of [Conv 3x3 with bias, BN, Gate, ReLU] per width and MaxPool at 'M'.
+
+    Shape: (B, 3, H, W) -> (B, num_classes); H and W at least 32.
+    """
+
+    head = "classifier"
+
+    def __init__(self, depth: int, num_classes: int = 10):
+        super().__init__(num_classes)
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in WIDTHS[depth]:
+            if width == "M":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    Gate(width),
+                    nn.ReLU(True),
+                ]
+                channels = width
+        # Adaptive, so that other image sizes work; on 32x32 the input is 1x1 already.
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(channels, num_classes)
+        init_he_normal(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+    def _channel_groups(self) -> Iterator[ChannelGroup]:
+        convs = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.Conv2d)]
+        readers = [f"features.{i}" for i in convs[1:]] + ["classifier"]
+        for i, reader in zip(convs, readers, strict=True):
+            conv, norm, gate = (f"features.{i + k}" for k in range(3))
+            yield ChannelGroup.around(
+                gates=(gate,), norms=(norm,), outputs=(conv,), inputs=(reader,)
+            )

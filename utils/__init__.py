@@ -1,0 +1,1 @@
+"""Everything that is done to a network, one step a file."""

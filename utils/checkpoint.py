@@ -1,0 +1,182 @@
+"""Checkpoints that rebuild their own network, and the loading of everyone else's.
+
+A checkpoint of ours is a dict of plain values and tensors, read with ``weights_only=True``:
+
+    format      "gfbs/1"
+    network     net, num_classes, kept: what ``build_model`` and ``prune`` need to rebuild the shape
+    state_dict  the weights, under the names of the unpruned network, without any wrapper's prefix
+    ...         metadata: dataset, classes, normalisation, image_size, accuracy, epoch, ...
+    training    only in last.pth: optimiser and schedule, to resume from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import ALIASES, NETWORKS, GatedModel, build_model
+from utils.errors import InputError
+from utils.files import write_atomically
+from utils.pruning import PruningPlan
+from utils.surgery import prune
+
+FORMAT = "gfbs/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network and whatever else its file says."""
+
+    model: GatedModel
+    meta: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that tell one set of weights from another."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+
+def save_checkpoint(path: str | Path, model: GatedModel, **meta: Any) -> None:
+    """Write a checkpoint of the bare ``model``. ``meta`` may hold tensors, numbers, strings, lists and dicts of them."""
+    network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = {"format": FORMAT, "network": network, "state_dict": state, **meta}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_model(path: str | Path) -> GatedModel:
+    """The network of a checkpoint, on the CPU; see ``load_checkpoint``."""
+    return load_checkpoint(path).model
+
+
+def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
+    """Read a checkpoint of ours, or of the published code, or a plain state dict; the network is on the CPU.
+
+    Files of others may be wrapped in ``net``, ``state_dict`` or ``model``, carry the prefix ``module.`` and lack gates.
+    Network and number of classes are inferred from their keys and shapes.
+
+    Args:
+        path: the file.
+        net: the network that is expected, if any; an alias counts as its network.
+
+    Raises InputError, naming the file, where it is missing, not safe to load, damaged, or of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: there is no such checkpoint; train one with train.py or name another with --checkpoint"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{path}: not a checkpoint that can be loaded safely ({reason})"
+        ) from error
+    try:
+        if isinstance(content, Mapping) and "format" in content:
+            return _load_ours(content, net)
+        return _load_foreign(content, net)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: {reason}") from error
+
+
+def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"a checkpoint of format {content['format']!r}; this version reads {FORMAT!r}"
+        )
+    network = content["network"]
+    _check_expected(network["net"], net)
+    model = _build(network["net"], network["num_classes"])
+    prune(model, PruningPlan(network["kept"]))
+    _load_state(model, content["state_dict"])
+    return Checkpoint(
+        model, {k: v for k, v in content.items() if k not in ("format", "network", "state_dict")}
+    )
+
+
+def _load_foreign(content: Any, net: str | None) -> Checkpoint:
+    state = content
+    for wrapper in ("net", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            state = content[wrapper]
+            break
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
+        raise ValueError(
+            "holds no state dict, neither bare nor under 'net', 'state_dict' or 'model'"
+        )
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    found, num_classes = infer_network(state)
+    _check_expected(found, net)
+    model = _build(found, num_classes)
+    gates = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".gate")}
+    _load_state(model, {**gates, **state})
+    meta = {
+        key: content[key] for key in ("acc", "epoch") if isinstance(content.get(key), (int, float))
+    }
+    return Checkpoint(model, {"accuracy": meta["acc"], **meta} if "acc" in meta else meta)
+
+
+def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Registry name and number of classes of the unpruned network that a state dict (with or without gates) fits.
+
+    Raises ValueError where none does, and for a network whose layers are narrower than they should be.
+    """
+    weights = {name for name in state if not name.endswith(".gate")}
+    narrower = None
+    for net in NETWORKS:
+        with torch.device("meta"):
+            model = build_model(net)
+            head = state.get(f"{model.head}.weight")
+            if head is None or head.dim() != 2:
+                continue
+            model = build_model(net, len(head))
+        expected = {
+            name: tensor.shape
+            for name, tensor in model.state_dict().items()
+            if not name.endswith(".gate")
+        }
+        if weights == expected.keys():
+            if all(state[name].shape == shape for name, shape in expected.items()):
+                return net, len(head)
+            narrower = net
+    if narrower:
+        raise ValueError(
+            f"has the layers of {narrower} in other widths: a pruned network whose plan the file lacks cannot be rebuilt; "
+            "prune the unpruned checkpoint again"
+        )
+    raise ValueError(f"the layers fit none of the networks {', '.join(NETWORKS)}")
+
+
+def _check_expected(found: str, net: str | None) -> None:
+    if net is not None and found != ALIASES.get(net, (net,))[0]:
+        raise ValueError(f"holds {found}, not {net}; give --net {found} or another --checkpoint")
+
+
+def _build(net: str, num_classes: int) -> GatedModel:
+    """Build without touching the caller's random state."""
+    with torch.random.fork_rng([]):
+        return build_model(net, num_classes)
+
+
+def _load_state(model: GatedModel, state: Mapping[str, Tensor]) -> None:
+    """Load strictly, in the floating-point type of the file."""
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    model.to(dtype).load_state_dict(state, strict=True)

@@ -1,0 +1,35 @@
+"""What a network costs: multiply-adds and parameters."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.gate import Gate, GatedModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one image (what the pruning literature prints as "FLOPs") and parameters."""
+
+    macs: int
+    params: int
+
+    def __str__(self) -> str:
+        return f"{self.macs / 1e6:.2f} M multiply-adds and {self.params / 1e6:.3f} M parameters"
+
+
+def model_cost(model: GatedModel, image_size: int) -> Cost:
+    """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
+
+    MACs are those of convolutions and linear layers, counted by torch's own ``FlopCounterMode``, which reports two FLOPs a
+    multiply-add. Gates are no parameters. The network itself is not run: a copy of its shapes is, without data.
+    """
+    shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
+    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()) - gates)

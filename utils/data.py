@@ -1,0 +1,335 @@
+"""Small-image data sets, held as one uint8 tensor each and augmented batch-wise on the device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from utils.errors import InputError
+from utils.synthetic import SYNTHETIC_CLASSES, synthetic_images
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation, for pixels in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> normalised float32."""
+        mean, std = (
+            torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (self.mean, self.std)
+        )
+        return (images.float() - mean) / std
+
+
+CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+NORMALISATIONS = {
+    "cifar10": CIFAR10_NORMALISATION,
+    "cifar100": Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "folder": CIFAR10_NORMALISATION,
+    "synthetic": CIFAR10_NORMALISATION,
+}
+DATASETS = tuple(NORMALISATIONS)
+TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, 3, S, S) uint8 and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def shuffled(self, seed: int) -> ImageSet:
+        """The same images in another, fixed order."""
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
+        return ImageSet(self.images[order], self.labels[order])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: training and test images, the class names in label order, and its normalisation."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    normalisation: Normalisation
+
+    def metadata(self, dataset: str) -> dict[str, Any]:
+        """What a checkpoint says of the data that its network was made for."""
+        return {
+            "dataset": dataset,
+            "classes": self.classes,
+            "image_size": self.train.images.shape[-1],
+            "normalisation": {
+                "mean": list(self.normalisation.mean),
+                "std": list(self.normalisation.std),
+            },
+        }
+
+    def normalised_as(self, meta: Mapping[str, Any]) -> ImageData:
+        """The same data, normalised as a checkpoint with this metadata expects it; unchanged where it does not say."""
+        if "normalisation" not in meta:
+            return self
+        mean, std = meta["normalisation"]["mean"], meta["normalisation"]["std"]
+        return replace(self, normalisation=Normalisation(tuple(mean), tuple(std)))
+
+
+def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> ImageData:
+    """Read a whole data set into memory.
+
+    Args:
+        dataset: ``cifar10`` and ``cifar100`` are downloaded into ``data_dir`` on first use; ``folder`` reads
+            ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val``); ``synthetic`` is made on the spot.
+        data_dir: where the data are, or go.
+        image_size: side in pixels; folder images are resized and centre-cropped to it.
+
+    Raises InputError for a download that fails, and for folders or images that cannot serve.
+    """
+    if dataset == "folder":
+        train, test, classes = _read_folders(Path(data_dir), image_size)
+    elif dataset == "synthetic":
+        classes = list(SYNTHETIC_CLASSES)
+        train, test = (
+            ImageSet(*synthetic_images(n, image_size, seed)) for n, seed in ((5000, 0), (1000, 1))
+        )
+    elif image_size != 32:
+        raise InputError(
+            f"--image_size {image_size}: {dataset} has images of 32 pixels; leave the flag out"
+        )
+    else:
+        train, test, classes = _read_cifar(
+            {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset], Path(data_dir)
+        )
+    return ImageData(train, test, classes, NORMALISATIONS[dataset])
+
+
+def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+    try:
+        parts = [source(str(root), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{source.__name__} could not be downloaded from {source.url} ({error}); "
+            f"put the file {source.filename} into {root} and run again, or name another place with --data_dir"
+        ) from error
+    train, test = (
+        ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets))
+        for p in parts
+    )
+    return train, test, parts[0].classes
+
+
+def _read_folders(root: Path, image_size: int) -> tuple[ImageSet, ImageSet, list[str]]:
+    train_root, test_root = image_folders(root)
+    samples, classes = list_images(train_root)
+    test_samples, test_classes = list_images(test_root)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise InputError(
+            f"{train_root} and {test_root} must have the same classes; only one has {', '.join(odd[:5])}"
+        )
+    # Class by class is no order for "the last tenth of the training set": one fixed shuffle, whatever the seed of the run.
+    train = _read_images(samples, image_size).shuffled(seed=0)
+    return train, _read_images(test_samples, image_size), classes
+
+
+def image_folders(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> tuple[Path, Path]:
+    """The training and the test folder below ``root``; InputError where one is missing."""
+    train = root / "train"
+    test = next(
+        (root / name for name in test_names if (root / name).is_dir()), root / test_names[0]
+    )
+    for folder in (train, test):
+        if not folder.is_dir():
+            wanted = (
+                " or ".join(f"{root / name}/<class>/" for name in test_names)
+                if folder == test
+                else f"{train}/<class>/"
+            )
+            raise InputError(f"--data_dir {root}: there is no folder {wanted} with images")
+    return train, test
+
+
+def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """(path, label) of every image below ``root/<class>/``, sorted, and the class names; InputError for an empty class."""
+    try:
+        classes, class_to_idx = find_classes(str(root))
+        return make_dataset(str(root), class_to_idx, IMG_EXTENSIONS), classes
+    except FileNotFoundError as error:  # torchvision names the classes that have no image
+        raise InputError(f"{root} must hold one folder of images per class: {error}") from None
+
+
+def _read_images(samples: list[tuple[str, int]], image_size: int) -> ImageSet:
+    def read(path: str) -> np.ndarray:
+        image = read_image(path)
+        if image.size != (image_size, image_size):
+            image = transforms.center_crop(transforms.resize(image, [image_size]), [image_size])
+        return np.asarray(image)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = [path for path, _ in samples]
+        pixels = list(
+            tqdm(
+                pool.map(read, paths),
+                "reading images",
+                len(paths),
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            )
+        )
+    return ImageSet(
+        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
+        torch.tensor([label for _, label in samples]),
+    )
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode one image file as RGB; InputError with its path where that fails."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # what Pillow raises for a file that is cut off or no image
+        raise InputError(
+            f"{path}: cannot be read as an image ({error}); repair it or take it out of the folder"
+        ) from None
+
+
+def random_stream(*key: int) -> torch.Generator:
+    """A random generator on the CPU that is a pure function of its key, e.g. (seed, epoch)."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+class Batches:
+    """An iterable over (normalised images, labels) on a device, epoch after epoch.
+
+    With ``augment``, images are shuffled, padded by an eighth of their side (4 pixels at 32), cropped at random and
+    flipped. Order and augmentation are pure functions of (seed, epoch) and of (seed, epoch, image), so that a run can be
+    continued anywhere. A last batch of a single image is left out of training: BatchNorm cannot normalise it.
+
+    Args:
+        images: the images to go through.
+        batch_size: images in a batch; the last may be smaller.
+        normalisation: applied on the device.
+        device: where batches are made.
+        augment: training order and augmentation, or file order and the plain image.
+        seed: of the random streams.
+        limit: at most this many batches an epoch.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        normalisation: Normalisation,
+        device: torch.device | str = "cpu",
+        *,
+        augment: bool = False,
+        seed: int = 0,
+        limit: int | None = None,
+    ):
+        self.labels = images.labels.to(device)
+        self.size = images.images.shape[-1]
+        self.padding = self.size // 8 if augment else 0
+        padded = F.pad(images.images.to(device), (self.padding,) * 4)
+        # A view, (N, 3, 2p+1, 2p+1, S, S): every crop of every image, so that one index picks a batch of crops.
+        self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
+        self.batch_size, self.normalisation, self.augment, self.seed, self.limit = (
+            batch_size,
+            normalisation,
+            augment,
+            seed,
+            limit,
+        )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw order and augmentation of an epoch."""
+        n, places = len(self.labels), 2 * self.padding + 1
+        self.order = torch.arange(n)
+        self.places = torch.zeros(n, 2, dtype=torch.long)
+        self.flips = torch.zeros(n, dtype=torch.bool)
+        if self.augment:
+            stream = random_stream(self.seed, epoch)
+            self.order = torch.randperm(n, generator=stream)
+            self.places = torch.randint(places, (n, 2), generator=stream)
+            self.flips = torch.rand(n, generator=stream) < 0.5
+
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
+        device = self.labels.device
+        places, flips = self.places[indices].to(device), self.flips[indices].to(device)
+        indices = indices.to(device)
+        images = self.crops[indices, :, places[:, 0], places[:, 1]]
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+        return self.normalisation.apply(images), self.labels[indices]
+
+    def _batches(self) -> list[Tensor]:
+        batches = list(self.order.split(self.batch_size))
+        if self.augment and len(batches) > 1 and len(batches[-1]) == 1:
+            batches.pop()
+        return batches[: self.limit]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.pick, self._batches())
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+
+def train_and_test_batches(
+    data: ImageData,
+    batch_size: int,
+    device: torch.device | str,
+    *,
+    seed: int,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> tuple[Batches, Batches]:
+    """Augmented training batches, and test batches of the plain images in larger portions."""
+    train = Batches(
+        data.train,
+        batch_size,
+        data.normalisation,
+        device,
+        augment=True,
+        seed=seed,
+        limit=limit_train,
+    )
+    return train, Batches(data.test, TEST_BATCH, data.normalisation, device, limit=limit_test)
+
+
+def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
+    """Which of n training images score the channels: the first ``count`` of the last tenth, in file order.
+
+    Where the last tenth is smaller than that, the last ``count`` images. With a seed, ``count`` others at random.
+    """
+    if seed is not None:
+        return torch.randperm(n, generator=random_stream(seed))[:count]
+    start = max(0, min(n - n // 10, n - count))
+    return torch.arange(start, min(start + count, n))

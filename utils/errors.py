@@ -1,0 +1,8 @@
+"""The one error that is the user's to mend."""
+
+
+class InputError(ValueError):
+    """Bad input: a flag, a file or a folder. The message is one line that says what is wrong, where, and what to do.
+
+    Scripts print it and leave with exit code 2; see ``utils.cli.run_script``.
+    """

@@ -1,0 +1,156 @@
+"""The folder of one run: its configuration, log, checkpoints, results and TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from models.gate import GatedModel
+from utils.checkpoint import save_checkpoint
+from utils.errors import InputError
+from utils.files import write_json, write_text
+from utils.finetune import Epoch
+from utils.pruning import PruningPlan
+
+OUTPUTS = ("config.json", "plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json")
+
+
+class Run:
+    """Everything a run writes goes through here, so that nothing of another experiment is written over.
+
+    Args:
+        folder: of checkpoints and results, made on demand.
+        logdir: of TensorBoard files.
+        config: what makes the experiment what it is; another one in the same folder is refused.
+        overwrite: replace it instead.
+
+    Raises InputError for a folder that holds another experiment, with what differs, or that cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, logdir: Path, config: Mapping[str, Any], *, overwrite: bool = False
+    ):
+        self.folder = folder
+        self.began = time.perf_counter()
+        self.config = json.loads(json.dumps(config))  # as it will be read back
+        if not overwrite:
+            self._refuse_another_experiment()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", self.config)
+            self._log = open(folder / "log.txt", "a", encoding="utf-8")
+            self.board = SummaryWriter(str(logdir))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be written ({error}); name another place with --output and --logdir"
+            ) from error
+
+    def _refuse_another_experiment(self) -> None:
+        present = [name for name in OUTPUTS if (self.folder / name).exists()]
+        if not present:
+            return
+        way_out = "use --overwrite to replace it or --output to keep both"
+        try:
+            earlier = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise InputError(
+                f"{self.folder} holds {', '.join(present)} of an unknown configuration; {way_out}"
+            ) from None
+        names = sorted(
+            {
+                name
+                for name in {*earlier, *self.config}
+                if earlier.get(name) != self.config.get(name)
+            }
+        )
+        if names:
+            differences = ", ".join(
+                f"{name} {earlier.get(name)} there, {self.config.get(name)} here" for name in names
+            )
+            raise InputError(
+                f"{self.folder} holds a run of another configuration ({differences}); {way_out}"
+            )
+
+    def __enter__(self) -> Run:
+        self.log(f"$ {command_line()}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.board.close()
+        self._log.close()
+
+    def log(self, text: str) -> None:
+        """Print, and keep in log.txt."""
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def log_epoch(self, epoch: Epoch, epochs: int, step: int, seconds_left: float) -> None:
+        """One line, and TensorBoard scalars at ``step``, the number of epochs since the run began."""
+        self.log(
+            f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}  train loss {epoch.train.loss:.4f} {epoch.train.accuracy:.2f} %"
+            f"  test loss {epoch.test.loss:.4f} {epoch.test.accuracy:.2f} %  {epoch.images_per_second:.0f} images/s"
+            f"  {format_seconds(seconds_left)} left"
+        )
+        for part, metrics in (("train", epoch.train), ("test", epoch.test)):
+            self.board.add_scalar(f"loss/{part}", metrics.loss, step)
+            self.board.add_scalar(f"accuracy/{part}", metrics.accuracy, step)
+        self.board.add_scalar("lr", epoch.lr, step)
+        self.board.add_scalar("images_per_second", epoch.images_per_second, step)
+
+    def save(self, name: str, model: GatedModel, **meta: Any) -> Path:
+        """Save a checkpoint of the bare model into the folder."""
+        path = self.folder / name
+        save_checkpoint(path, model, config=self.config, **meta)
+        return path
+
+    def save_plan(self, plan: PruningPlan, saliency: Mapping[str, Tensor]) -> None:
+        """plan.json, and a TensorBoard histogram of every group's scores."""
+        write_text(self.folder / "plan.json", plan.to_json())
+        for name, scores in saliency.items():
+            self.board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+
+    def save_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write result.json: the result, and what it takes to get it again."""
+        record = {
+            **result,
+            "command": command_line(),
+            "config": self.config,
+            "versions": versions(),
+            "wall_time_seconds": round(time.perf_counter() - self.began, 1),
+        }
+        write_json(self.folder / "result.json", record)
+        self.log(
+            f"took {format_seconds(record['wall_time_seconds'])}; everything is in {self.folder}"
+        )
+        return record
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

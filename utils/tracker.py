@@ -1,0 +1,80 @@
+"""What happens after every epoch of a run: a line in the log, TensorBoard, last.pth and model_best.pth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from models.gate import GatedModel
+from utils.finetune import Epoch
+from utils.run import Run
+
+
+class Tracker:
+    """The ``on_epoch`` of ``utils.finetune.fit``.
+
+    Args:
+        run: the folder that everything goes to.
+        model: the bare network that is trained.
+        total_epochs: of all stages of the run together, to estimate the time left.
+        meta: metadata for every checkpoint.
+
+    Attributes:
+        best: the epoch of the last stage with the highest accuracy on the test set; the first of equals.
+        last: the latest epoch.
+        done: epochs of all stages so far.
+        history: all of them.
+    """
+
+    def __init__(self, run: Run, model: GatedModel, total_epochs: int, meta: Mapping[str, Any]):
+        self.run, self.model, self.total, self.meta = run, model, total_epochs, dict(meta)
+        self.best: Epoch | None = None
+        self.last: Epoch | None = None
+        self.done = 0
+        self.history: list[Epoch] = []
+        self.start_stage(epochs=total_epochs)
+
+    def start_stage(self, epochs: int, keep: bool = True) -> None:
+        """The next epochs belong to a stage of so many; ``keep`` says whether its checkpoints are worth keeping."""
+        self.stage_epochs, self.keep, self.best = epochs, keep, None
+        self.began, self.done_before = time.perf_counter(), self.done
+
+    def __call__(self, epoch: Epoch, training: dict[str, Any]) -> None:
+        self.done += 1
+        self.history.append(epoch)
+        self.last = epoch
+        pace = (time.perf_counter() - self.began) / (self.done - self.done_before)
+        self.run.log_epoch(epoch, self.stage_epochs, self.done, pace * (self.total - self.done))
+        if not self.keep:
+            return
+        improved = self.best is None or epoch.test.accuracy > self.best.test.accuracy
+        if improved:
+            self.best = epoch
+        meta = {**self.meta, "accuracy": epoch.test.accuracy, "epoch": epoch.number}
+        if improved:
+            self.run.save("model_best.pth", self.model, **meta, chosen="best on test")
+        self.run.save(
+            "last.pth",
+            self.model,
+            **meta,
+            training={**training, "history": self.history_as_dicts()},
+        )
+
+    def resume(self, history: list[dict[str, Any]]) -> None:
+        """Continue after these epochs, as ``last.pth`` lists them."""
+        self.history = [Epoch.from_dict(epoch) for epoch in history]
+        self.best = max(self.history, key=lambda epoch: epoch.test.accuracy)
+        self.last = self.history[-1]
+        self.done = self.done_before = len(self.history)
+
+    def history_as_dicts(self) -> list[dict[str, Any]]:
+        return [epoch.as_dict() for epoch in self.history]
+
+    def accuracies(self) -> dict[str, Any]:
+        """Test accuracy of the last epoch, and of the best with its number; None where nothing was trained."""
+        return {
+            "last": self.last and self.last.test.accuracy,
+            "best": self.best and self.best.test.accuracy,
+            "best_epoch": self.best and self.best.number,
+        }
