@@ -1,11 +1,12 @@
-"""Score the channels of a trained network, cut the least salient ones out, and fine-tune what is left.
+"""Score the channels of a trained network, cut the least salient ones out, fine-tune what is left.
 
-    python gfbs_cifar.py --net gatevgg16 --p 0.7                 one-shot: cut everything, then fine-tune
-    python gfbs_cifar.py --net gatevgg16 --p 0.7 --smooth        cut layer by layer, fine-tune in between
-    python gfbs_cifar.py --net gatevgg16 --p 0.7 --epochs 0      cut, evaluate and save, no fine-tuning
+    python gfbs_cifar.py --net gatevgg16 --p 0.7              cut everything, then fine-tune
+    python gfbs_cifar.py --net gatevgg16 --p 0.7 --smooth     cut and fine-tune layer by layer
+    python gfbs_cifar.py --net gatevgg16 --p 0.7 --epochs 0   cut, evaluate and save only
 
-Prunes CHECKPOINT/<net>/model_best.pth, as train.py leaves it, and writes plan.json, pruned.pth (right after surgery),
-model_best.pth, last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>.
+Prunes CHECKPOINT/<net>/model_best.pth, as train.py leaves it, and writes plan.json, pruned.pth
+(right after surgery), model_best.pth, last.pth, log.txt and result.json into
+OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import cli
+from utils import flags
+from utils.batches import scoring_indices, train_and_test_batches
+from utils.cli import Parser, run_script
 from utils.cost import model_cost
-from utils.data import load_data, scoring_indices, train_and_test_batches
+from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     CIFAR_RECIPES,
@@ -38,39 +41,32 @@ from utils.surgery import prune
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
-    cli.add_network_flag(parser, "gatevgg16")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="the network to prune: a file, or a folder with"
-        " <net>/model_best.pth or model_best.pth (default: the --output folder)",
-    )
-    cli.add_pruning_flags(parser, p=0.7, score_images=200)
-    cli.add_data_flags(parser)
-    cli.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
-    cli.add_smooth_flags(parser, CIFAR_RECIPES)
-    cli.add_run_flags(parser)
-    return cli.resolve_criterion(parser, parser.parse_args(argv))
+    parser = Parser(description=__doc__)
+    flags.add_network_flag(parser, "gatevgg16")
+    flags.add_baseline_flag(parser)
+    flags.add_pruning_flags(parser, p=0.7, score_images=200)
+    flags.add_data_flags(parser)
+    flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
+    flags.add_smooth_flags(parser, CIFAR_RECIPES)
+    flags.add_run_flags(parser)
+    args = parser.parse_args(argv)
+    flags.resolve_criterion(parser, args)
+    return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
     runtime = select_runtime(args.device, args.gpu)
-    folder = f"{args.net}{cli.data_suffix(args.dataset)}"
-    baseline = load_baseline(args.checkpoint or args.output, folder, args.net)
+    network = flags.network_folder(args)
+    baseline = load_baseline(args.checkpoint or args.output, network, args.net)
     data = load_data(args.dataset, args.data_dir, args.image_size).normalised_as(baseline.meta)
     check_classes(baseline, data.classes, f"--dataset {args.dataset}")
     seed_everything(args.seed, args.deterministic)
 
-    name = f"{args.criterion}_p{args.p:g}{'_smooth' * args.smooth}_seed{args.seed}"
-    config = {**cli.configuration(args), "baseline": baseline.digest}
-    with Run(
-        Path(args.output) / folder / name,
-        Path(args.logdir) / folder / name,
-        config,
-        overwrite=args.overwrite,
-    ) as run:
+    config = {**flags.configuration(args), "baseline": baseline.digest}
+    name = f"{network}/{flags.run_name(args)}"
+    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
+    with Run(folder, logdir, config, overwrite=args.overwrite) as run:
         train, test = train_and_test_batches(
             data, args.bs, runtime.device, seed=args.seed,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
@@ -101,7 +97,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         run.log(f"after surgery: {pruned_cost}, {after_surgery}")
         result = pruning_result(args, model, plan, before, after_surgery, cost, pruned_cost)
 
-        recipes = CIFAR_RECIPES.for_flags(args)
+        recipes = CIFAR_RECIPES.adapted(
+            args.epochs,
+            args.smooth_epochs,
+            args.final_epochs,
+            args.lr,
+            args.weight_decay,
+            args.cosine,
+        )
         if args.smooth:
             tracker = fine_tune_in_stages(model, plan, recipes, train, test, runtime, run, meta)
         else:
@@ -113,4 +116,4 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_script(parse_args, main))
+    sys.exit(run_script(parse_args, main))

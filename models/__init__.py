@@ -37,9 +37,11 @@ def build_model(net: str, num_classes: int | None = None) -> GatedModel:
 
     Args:
         net: a name of ``NETWORKS`` or ``ALIASES``.
-        num_classes: outputs of the classifier; by default 100 for the ``_c100`` aliases, else what the constructor says.
+        num_classes: outputs of the classifier; by default 100 for the ``_c100`` aliases, else what
+            the constructor says.
 
-    Raises ValueError for an unknown name, or an alias asked for another number of classes than its own.
+    Raises ValueError for an unknown name, or an alias asked for another number of classes than its
+    own.
     """
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):

@@ -1,8 +1,8 @@
-"""What a gated network is: gates, the groups of channels that hang together, and the base class of all networks."""
+"""What a gated network is: gates, groups of channels, and the base class of all networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """Multiply every channel by a frozen factor: ``y = gate * x``, all ones in a network that keeps everything.
+    """Multiply every channel by a frozen factor: ``y = gate * x``, all ones unless masked.
 
-    A gate stands where zeroing one of its entries silences exactly one channel and where silencing equals removing, so
-    that a pruning plan can be tried as a mask before anything is cut.
+    A gate stands where zeroing one of its entries silences exactly one channel and where silencing
+    equals removing, so that a pruning plan can be tried as a mask before anything is cut.
 
     Shape: (B, C, H, W) -> (B, C, H, W); the parameter ``gate`` is (1, C, 1, 1).
     """
@@ -31,16 +31,19 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that live or die together, and every place where they are. All fields hold module names.
+    """Channels that live or die together, and every place where they are, by module name.
 
     Attributes:
         name: the name of the first gate, e.g. ``features.2`` or ``layer1.0.gate3``.
-        gates: the gates that carry the channels; with k gates, a channel counts k times in a pruning ratio.
+        gates: the gates that carry the channels; with k gates, a channel counts k times in a
+            pruning ratio.
         norms: the BatchNorms whose gamma, its gradient and beta score the channels.
-        outputs: the modules that lose outputs with a channel: convolution, norm, gate, shortcut, depthwise convolution...
+        outputs: the modules that lose outputs with a channel: convolution, norm, gate, shortcut,
+            depthwise convolution...
         inputs: the modules that lose inputs: the next convolutions, the classifier, a shortcut...
-        positions: the place of each gate among all gates of the network, in module order; ties between scores are
-            broken by it. ``GatedModel.channel_groups`` fills it in; groups without it count in the order they are listed.
+        positions: the place of each gate among all gates of the network, in module order; ties
+            between scores are broken by it. ``GatedModel.channel_groups`` fills it in; groups
+            without it count in the order they are listed.
     """
 
     name: str
@@ -55,29 +58,37 @@ class ChannelGroup:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.gates or self.name != self.gates[0]:
             raise ValueError(
-                f"channel group {self.name!r}: its name must be that of its first gate, {self.gates[:1]}"
+                f"channel group {self.name!r} must be named like its first gate, {self.gates[:1]}"
             )
         if self.positions and len(self.positions) != len(self.gates):
             raise ValueError(
-                f"channel group {self.name!r}: {len(self.positions)} positions for {len(self.gates)} gates"
+                f"channel group {self.name!r} has {len(self.gates)} gates at {self.positions}"
             )
 
     @classmethod
-    def around(cls, gates, norms, outputs, inputs) -> ChannelGroup:
-        """A group named after its first gate; gates and norms lose outputs too and need not be listed again."""
+    def around(
+        cls,
+        gates: Sequence[str],
+        norms: Sequence[str],
+        outputs: Sequence[str],
+        inputs: Sequence[str],
+    ) -> ChannelGroup:
+        """A group named after its first gate; gates and norms are added to its outputs."""
         return cls(gates[0], gates, norms, (*outputs, *norms, *gates), inputs)
 
 
 class GatedModel(nn.Module):
-    """A network with gates that lists its own channel groups; nothing else in the project knows an architecture.
+    """A network with gates that lists its own channel groups; nothing else knows an architecture.
 
-    A subclass builds its layers, sets ``head`` to the name of its classifier and writes ``_channel_groups``.
+    A subclass builds its layers, sets ``head`` to the name of its classifier and writes
+    ``_channel_groups``.
 
     Attributes:
         net: registry name, set by ``models.build_model``.
         num_classes: outputs of the classifier.
-        kept: for every group that has been pruned, the channels of the *unpruned* network that are still there. Together
-            with ``net`` and ``num_classes`` it rebuilds the network's shape; ``utils.surgery.prune`` keeps it up to date.
+        kept: for every group that has been pruned, the channels of the *unpruned* network that are
+            still there. Together with ``net`` and ``num_classes`` it rebuilds the network's shape;
+            ``utils.surgery.prune`` keeps it up to date.
     """
 
     net: str = ""
@@ -97,7 +108,8 @@ class GatedModel(nn.Module):
     def channel_groups(self) -> list[ChannelGroup]:
         """All prunable channels of the network in forward order.
 
-        Raises ValueError with the layer's name where a group names no layer, or layers of different widths.
+        Raises ValueError with the layer's name where a group names no layer, or layers of different
+        widths.
         """
         modules = dict(self.named_modules())
         positions = {
@@ -127,15 +139,15 @@ class GatedModel(nn.Module):
         }
 
     def pruning_stages(self) -> list[tuple[str, ...]]:
-        """Names of the groups that gradual pruning (``--smooth``) cuts together before it fine-tunes: one group a stage.
+        """Names of the groups that ``--smooth`` cuts together before it fine-tunes: one a stage.
 
-        Residual networks override this with one stage per residual block.
+        Residual networks have one stage per residual block instead.
         """
         return [(group.name,) for group in self.channel_groups()]
 
 
 def init_he_normal(model: nn.Module) -> None:
-    """He initialisation over the fan-out (He et al., ICCV 2015, eq. 14) for convolutions; identity for the norms."""
+    """He initialisation (ICCV 2015, over the fan-out) for convolutions; identity for norms."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

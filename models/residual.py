@@ -1,4 +1,4 @@
-"""Residual networks: how blocks hang together through the streams that they read from and add to."""
+"""Residual networks: how blocks hang together through the streams that they read and add to."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from models.gate import ChannelGroup, GatedModel
 
 
 class ResidualBlock(nn.Module):
-    """A block of ``conv{k} bn{k} gate{k}`` for k = 1..depth; the last gate follows the addition of the shortcut."""
+    """``conv{k} bn{k} gate{k}`` for k = 1..depth; the last gate follows the shortcut's addition."""
 
     depth: int
 
     def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
-        """(layers that read the stream before the block, layers that write the one after it); None for an identity."""
+        """What reads the stream before the block, and what writes the one after it.
+
+        None where the shortcut is the identity, so that both are one stream.
+        """
         raise NotImplementedError
 
 
 class ResidualModel(GatedModel):
     """A stem ``conv1 bn1 gate1``, residual blocks in forward order, and a linear head.
 
-    A residual stream runs through all blocks with an identity shortcut and ends at one whose shortcut changes the width;
-    everything that adds to it or reads it is cut together.
+    A residual stream runs through all blocks with an identity shortcut and ends at one whose
+    shortcut changes the width; everything that adds to it or reads it is cut together.
     """
 
     def _blocks(self) -> dict[str, ResidualBlock]:
@@ -58,7 +61,8 @@ class ResidualModel(GatedModel):
         yield stream.group()
 
     def pruning_stages(self) -> list[tuple[str, ...]]:
-        """One stage per block: its inner channels and, with the first block that adds to a stream, the whole stream.
+        """One stage per block: its inner channels and, with the first block that adds to a stream,
+        the whole stream.
 
         A stem that no block adds to goes with the first block.
         """

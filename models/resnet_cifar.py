@@ -1,4 +1,7 @@
-"""Gated ResNets for CIFAR (He et al., CVPR 2016, section 4.2): 3 stages of 16, 32 and 64 channels, option-A shortcuts."""
+"""Gated ResNets for CIFAR (He et al., CVPR 2016, section 4.2).
+
+Three stages of 16, 32 and 64 channels with option-A shortcuts.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from models.residual import ResidualBlock, ResidualModel
 class PadShortcut(nn.Module):
     """Option-A shortcut: every second pixel, and channels of zeros on either side. No parameters.
 
-    ``source[j]`` is the input channel that output channel j copies, or -1 where it is zero. Surgery on either side of
-    the shortcut edits this map only (``keep_outputs``, ``keep_inputs`` in utils/surgery.py), so that any subset of the
-    channels before and any subset after still meet at the right places. The map follows from the pruning plan and is
-    not part of the state dict.
+    ``source[j]`` is the input channel that output channel j copies, or -1 where it is zero. Surgery
+    on either side of the shortcut edits this map only (``keep_outputs``, ``keep_inputs`` in
+    utils/surgery.py), so that any subset of the channels before and any subset after still meet at
+    the right places. The map follows from the pruning plan and is not part of the state dict.
 
     Shape: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))
     """
@@ -43,7 +46,7 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions and a shortcut; the last gate stands after the addition, before the ReLU."""
+    """Two 3x3 convolutions and a shortcut; the last gate is between the addition and the ReLU."""
 
     depth = 2
 

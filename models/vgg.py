@@ -1,4 +1,4 @@
-"""Gated VGG networks with BatchNorm (Simonyan and Zisserman, ICLR 2015), in the CIFAR form with one linear layer."""
+"""Gated VGG (Simonyan and Zisserman, ICLR 2015) in its CIFAR form: BatchNorm, one linear layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, GatedModel, Gate, init_he_normal
+from models.gate import ChannelGroup, Gate, GatedModel, init_he_normal
 
 WIDTHS = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -17,7 +17,8 @@ WIDTHS = {
 
 
 class GateVGG(GatedModel):
-    """``features`` is one Sequential of [Conv 3x3 with bias, BN, Gate, ReLU] per width and MaxPool at 'M'.
+    """``features`` is one Sequential of [Conv 3x3 with bias, BN, Gate, ReLU] per width and MaxPool
+    at 'M'.
 
     Shape: (B, 3, H, W) -> (B, num_classes); H and W at least 32.
     """

@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str | Path, model: GatedModel, **meta: Any) -> None:
-    """Write a checkpoint of the bare ``model``. ``meta`` may hold tensors, numbers, strings, lists and dicts of them."""
+    """Write a checkpoint of the bare ``model``; ``meta`` holds plain values and tensors."""
     network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "network": network, "state_dict": state, **meta}
@@ -61,21 +61,24 @@ def load_model(path: str | Path) -> GatedModel:
 
 
 def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
-    """Read a checkpoint of ours, or of the published code, or a plain state dict; the network is on the CPU.
+    """Read a checkpoint of ours, or of the published code, or a plain state dict; the network is on
+    the CPU.
 
-    Files of others may be wrapped in ``net``, ``state_dict`` or ``model``, carry the prefix ``module.`` and lack gates.
-    Network and number of classes are inferred from their keys and shapes.
+    Files of others may be wrapped in ``net``, ``state_dict`` or ``model``, carry the prefix
+    ``module.`` and lack gates. Network and number of classes are inferred from their keys and
+    shapes.
 
     Args:
         path: the file.
         net: the network that is expected, if any; an alias counts as its network.
 
-    Raises InputError, naming the file, where it is missing, not safe to load, damaged, or of another network.
+    Raises InputError, naming the file, where it is missing, not safe to load, damaged, or of
+    another network.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"{path}: there is no such checkpoint; train one with train.py or name another with --checkpoint"
+            f"{path}: no such checkpoint; make one with train.py, or name another with --checkpoint"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,16 +131,17 @@ def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     model = _build(found, num_classes)
     gates = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".gate")}
     _load_state(model, {**gates, **state})
-    meta = {
-        key: content[key] for key in ("acc", "epoch") if isinstance(content.get(key), (int, float))
-    }
-    return Checkpoint(model, {"accuracy": meta["acc"], **meta} if "acc" in meta else meta)
+    said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
+    meta = {name: value for name, value in said.items() if isinstance(value, (int, float))}
+    return Checkpoint(model, meta)
 
 
 def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Registry name and number of classes of the unpruned network that a state dict (with or without gates) fits.
+    """Registry name and number of classes of the unpruned network that a state dict (with or
+    without gates) fits.
 
-    Raises ValueError where none does, and for a network whose layers are narrower than they should be.
+    Raises ValueError where none does, and for a network whose layers are narrower than they should
+    be.
     """
     weights = {name for name in state if not name.endswith(".gate")}
     narrower = None
@@ -159,8 +163,8 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
             narrower = net
     if narrower:
         raise ValueError(
-            f"has the layers of {narrower} in other widths: a pruned network whose plan the file lacks cannot be rebuilt; "
-            "prune the unpruned checkpoint again"
+            f"has the layers of {narrower} in other widths: a pruned network, which cannot be"
+            " rebuilt without its plan; prune the unpruned checkpoint again"
         )
     raise ValueError(f"the layers fit none of the networks {', '.join(NETWORKS)}")
 

@@ -25,8 +25,9 @@ class Cost:
 def model_cost(model: GatedModel, image_size: int) -> Cost:
     """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
 
-    MACs are those of convolutions and linear layers, counted by torch's own ``FlopCounterMode``, which reports two FLOPs a
-    multiply-add. Gates are no parameters. The network itself is not run: a copy of its shapes is, without data.
+    MACs are those of convolutions and linear layers, counted by torch's own ``FlopCounterMode``,
+    which reports two FLOPs a multiply-add. Gates are no parameters. The network itself is not run:
+    a copy of its shapes is, without data.
     """
     shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,10 +1,10 @@
-"""Small-image data sets, held as one uint8 tensor each and augmented batch-wise on the device."""
+"""Small-image data sets, each held as one uint8 tensor; utils/batches.py makes batches of them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.hub import download_url_to_file
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
@@ -47,7 +48,6 @@ NORMALISATIONS = {
     "synthetic": CIFAR10_NORMALISATION,
 }
 DATASETS = tuple(NORMALISATIONS)
-TEST_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: training and test images, the class names in label order, and its normalisation."""
+    """A data set: training and test images, class names in label order, and its normalisation."""
 
     train: ImageSet
     test: ImageSet
@@ -88,7 +88,7 @@ class ImageData:
         }
 
     def normalised_as(self, meta: Mapping[str, Any]) -> ImageData:
-        """The same data, normalised as a checkpoint with this metadata expects it; unchanged where it does not say."""
+        """The data as a checkpoint with this metadata expects them; unchanged if that is silent."""
         if "normalisation" not in meta:
             return self
         mean, std = meta["normalisation"]["mean"], meta["normalisation"]["std"]
@@ -99,8 +99,9 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
     """Read a whole data set into memory.
 
     Args:
-        dataset: ``cifar10`` and ``cifar100`` are downloaded into ``data_dir`` on first use; ``folder`` reads
-            ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val``); ``synthetic`` is made on the spot.
+        dataset: ``cifar10`` and ``cifar100`` are downloaded into ``data_dir`` on first use;
+            ``folder`` reads ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or
+            ``val``); ``synthetic`` is made on the spot.
         data_dir: where the data are, or go.
         image_size: side in pixels; folder images are resized and centre-cropped to it.
 
@@ -125,13 +126,22 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
 
 
 def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+    archive = root / source.filename
+    advice = f"put {source.filename} into {root} and run again, or see --data_dir"
+    if not (root / source.base_folder).is_dir():
+        try:
+            if not archive.is_file():
+                root.mkdir(parents=True, exist_ok=True)
+                # torchvision's own download leaves half a file where it is interrupted.
+                download_url_to_file(source.url, str(archive), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise InputError(f"{source.url} could not be downloaded ({error}); {advice}") from error
+        if not check_integrity(str(archive), source.tgz_md5):
+            raise InputError(f"{archive} is damaged; delete it, {advice}")
     try:
         parts = [source(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{source.__name__} could not be downloaded from {source.url} ({error}); "
-            f"put the file {source.filename} into {root} and run again, or name another place with --data_dir"
-        ) from error
+        raise InputError(f"{root / source.base_folder}: {error} Delete it and {advice}") from error
     train, test = (
         ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets))
         for p in parts
@@ -146,9 +156,11 @@ def _read_folders(root: Path, image_size: int) -> tuple[ImageSet, ImageSet, list
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
         raise InputError(
-            f"{train_root} and {test_root} must have the same classes; only one has {', '.join(odd[:5])}"
+            f"{train_root} and {test_root} must have the same classes;"
+            f" only one has {', '.join(odd[:5])}"
         )
-    # Class by class is no order for "the last tenth of the training set": one fixed shuffle, whatever the seed of the run.
+    # Class by class is no order for "the last tenth of the training set": one fixed shuffle,
+    # whatever the seed of the run.
     train = _read_images(samples, image_size).shuffled(seed=0)
     return train, _read_images(test_samples, image_size), classes
 
@@ -171,7 +183,10 @@ def image_folders(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> 
 
 
 def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """(path, label) of every image below ``root/<class>/``, sorted, and the class names; InputError for an empty class."""
+    """(path, label) of all images below ``root/<class>/``, sorted, and the class names.
+
+    Raises InputError for a class without images.
+    """
     try:
         classes, class_to_idx = find_classes(str(root))
         return make_dataset(str(root), class_to_idx, IMG_EXTENSIONS), classes
@@ -216,120 +231,3 @@ def read_image(path: str) -> Image.Image:
         raise InputError(
             f"{path}: cannot be read as an image ({error}); repair it or take it out of the folder"
         ) from None
-
-
-def random_stream(*key: int) -> torch.Generator:
-    """A random generator on the CPU that is a pure function of its key, e.g. (seed, epoch)."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
-
-
-class Batches:
-    """An iterable over (normalised images, labels) on a device, epoch after epoch.
-
-    With ``augment``, images are shuffled, padded by an eighth of their side (4 pixels at 32), cropped at random and
-    flipped. Order and augmentation are pure functions of (seed, epoch) and of (seed, epoch, image), so that a run can be
-    continued anywhere. A last batch of a single image is left out of training: BatchNorm cannot normalise it.
-
-    Args:
-        images: the images to go through.
-        batch_size: images in a batch; the last may be smaller.
-        normalisation: applied on the device.
-        device: where batches are made.
-        augment: training order and augmentation, or file order and the plain image.
-        seed: of the random streams.
-        limit: at most this many batches an epoch.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        normalisation: Normalisation,
-        device: torch.device | str = "cpu",
-        *,
-        augment: bool = False,
-        seed: int = 0,
-        limit: int | None = None,
-    ):
-        self.labels = images.labels.to(device)
-        self.size = images.images.shape[-1]
-        self.padding = self.size // 8 if augment else 0
-        padded = F.pad(images.images.to(device), (self.padding,) * 4)
-        # A view, (N, 3, 2p+1, 2p+1, S, S): every crop of every image, so that one index picks a batch of crops.
-        self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        self.batch_size, self.normalisation, self.augment, self.seed, self.limit = (
-            batch_size,
-            normalisation,
-            augment,
-            seed,
-            limit,
-        )
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw order and augmentation of an epoch."""
-        n, places = len(self.labels), 2 * self.padding + 1
-        self.order = torch.arange(n)
-        self.places = torch.zeros(n, 2, dtype=torch.long)
-        self.flips = torch.zeros(n, dtype=torch.bool)
-        if self.augment:
-            stream = random_stream(self.seed, epoch)
-            self.order = torch.randperm(n, generator=stream)
-            self.places = torch.randint(places, (n, 2), generator=stream)
-            self.flips = torch.rand(n, generator=stream) < 0.5
-
-    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        device = self.labels.device
-        places, flips = self.places[indices].to(device), self.flips[indices].to(device)
-        indices = indices.to(device)
-        images = self.crops[indices, :, places[:, 0], places[:, 1]]
-        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-        return self.normalisation.apply(images), self.labels[indices]
-
-    def _batches(self) -> list[Tensor]:
-        batches = list(self.order.split(self.batch_size))
-        if self.augment and len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()
-        return batches[: self.limit]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.pick, self._batches())
-
-    def __len__(self) -> int:
-        return len(self._batches())
-
-
-def train_and_test_batches(
-    data: ImageData,
-    batch_size: int,
-    device: torch.device | str,
-    *,
-    seed: int,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-) -> tuple[Batches, Batches]:
-    """Augmented training batches, and test batches of the plain images in larger portions."""
-    train = Batches(
-        data.train,
-        batch_size,
-        data.normalisation,
-        device,
-        augment=True,
-        seed=seed,
-        limit=limit_train,
-    )
-    return train, Batches(data.test, TEST_BATCH, data.normalisation, device, limit=limit_test)
-
-
-def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
-    """Which of n training images score the channels: the first ``count`` of the last tenth, in file order.
-
-    Where the last tenth is smaller than that, the last ``count`` images. With a seed, ``count`` others at random.
-    """
-    if seed is not None:
-        return torch.randperm(n, generator=random_stream(seed))[:count]
-    start = max(0, min(n - n // 10, n - count))
-    return torch.arange(start, min(start + count, n))

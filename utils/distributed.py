@@ -1,4 +1,4 @@
-"""Where a run computes: the CPU, one accelerator, or several GPUs. The only place that knows model wrappers."""
+"""Where a run computes: the CPU, an accelerator, or several. Only this file knows of wrappers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Runtime:
     gpus: tuple[int, ...] = ()
 
     def parallel(self, model: GatedModel) -> nn.Module:
-        """The model as it is run: on the device, and in DataParallel over several GPUs. The bare model is shared."""
+        """The model as it is run: on its device, in DataParallel where there are several GPUs."""
         model.to(self.device)
         return nn.DataParallel(model, list(self.gpus)) if len(self.gpus) > 1 else model
 
@@ -57,7 +57,8 @@ def select_runtime(device: str = "auto", gpus: Sequence[int] | None = None) -> R
         absent = [gpu for gpu in gpus or () if gpu >= count]
         if absent:
             raise InputError(
-                f"--gpu {','.join(map(str, absent))}: this machine has {count} GPUs; leave --gpu out to use what is there"
+                f"--gpu {','.join(map(str, absent))}: torch sees {count} GPUs here;"
+                " leave the flag out to use what there is"
             )
         if not count:
             raise InputError("--device cuda: no GPU is visible to torch; use --device cpu")
@@ -69,7 +70,7 @@ def select_runtime(device: str = "auto", gpus: Sequence[int] | None = None) -> R
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch; with ``deterministic``, ask torch for the same bits in every run on the same device."""
+    """Seed Python, NumPy and torch; ``deterministic``: the same bits in every run on a device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -2,7 +2,10 @@
 
 
 class InputError(ValueError):
-    """Bad input: a flag, a file or a folder. The message is one line that says what is wrong, where, and what to do.
+    """Bad input: a flag, a file or a folder. One line says what is wrong, where, and what to do.
 
     Scripts print it and leave with exit code 2; see ``utils.cli.run_script``.
     """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # what torch or Pillow said may have many lines

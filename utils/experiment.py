@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +23,32 @@ from utils.tracker import Tracker
 
 @dataclass(frozen=True)
 class Recipes:
-    """How a pruned network is fine-tuned: at once, or (``--smooth``) after each stage of the cut and at the end."""
+    """How to fine-tune: one shot, or (``--smooth``) after each stage of the cut and at the end."""
 
     one_shot: Recipe
     stage: Recipe
     final: Recipe
 
-    def for_flags(self, args: argparse.Namespace) -> Recipes:
-        """Lengths and rates as the command line says; stages keep their share of ``--epochs`` unless given."""
-        share = args.epochs / self.one_shot.epochs
+    def adapted(
+        self, epochs: int, stage_epochs: int | None, final_epochs: int | None, *changes: Any
+    ) -> Recipes:
+        """Other lengths, and the further arguments of ``Recipe.adapted`` in all three.
 
-        def change(recipe: Recipe, epochs: int | None) -> Recipe:
-            epochs = math.ceil(recipe.epochs * share) if epochs is None else epochs
-            return recipe.scaled_to(epochs).with_changes(args.lr, args.weight_decay, args.cosine)
+        A stage whose length is None keeps its share of the one shot's ``epochs``, rounded up.
+        """
 
-        return Recipes(
-            change(self.one_shot, args.epochs),
-            change(self.stage, args.smooth_epochs),
-            change(self.final, args.final_epochs),
+        def in_proportion(recipe: Recipe, own: int | None) -> Recipe:
+            length = -(-recipe.epochs * epochs // self.one_shot.epochs) if own is None else own
+            return recipe.adapted(length, *changes)
+
+        recipes = Recipes(
+            self.one_shot.adapted(epochs, *changes),
+            in_proportion(self.stage, stage_epochs),
+            in_proportion(self.final, final_epochs),
         )
+        if recipes.stage.epochs and not recipes.final.epochs:
+            raise InputError("--smooth_epochs needs --final_epochs of at least 1 behind it")
+        return recipes
 
 
 # The published recipes for pruned networks on CIFAR.
@@ -54,21 +60,21 @@ CIFAR_RECIPES = Recipes(
 
 
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
-    """The network to prune: from a file, or ``model_best.pth`` in ``place/folder`` or in ``place`` itself."""
+    """The network to prune: a file, or ``model_best.pth`` in ``place/folder`` or in ``place``."""
     place = Path(place)
-    if not place.is_dir():
+    if place.is_file() or place.suffix:
         return load_checkpoint(place, net)
     choices = [place / folder / "model_best.pth", place / "model_best.pth"]
     return load_checkpoint(next(filter(Path.is_file, choices), choices[0]), net)
 
 
 def check_classes(baseline: Checkpoint, classes: Sequence[str], data: str) -> None:
-    """Raise InputError unless the network has the classes of the data, in their order where its file names them."""
+    """Raise InputError unless the network has the classes of the data, in its order."""
     advice = "name the data that it was trained on"
     trained = baseline.model.num_classes
     if trained != len(classes):
         raise InputError(
-            f"{data} has {len(classes)} classes, but the checkpoint was trained on {trained}; {advice}"
+            f"{data} has {len(classes)} classes, the checkpoint was trained on {trained}; {advice}"
         )
     for ours, theirs in zip(baseline.meta.get("classes", classes), classes, strict=True):
         if ours != theirs:
@@ -102,9 +108,11 @@ def fine_tune_in_stages(
     run: Run,
     meta: Mapping[str, Any],
 ) -> Tracker:
-    """``--smooth``: cut one stage of the plan out of the unpruned ``model``, fine-tune, and so on; then fine-tune the whole.
+    """``--smooth``: cut one stage of the plan out of the unpruned ``model``, fine-tune, and so on;
+    then fine-tune the whole.
 
-    Every stage has a fresh optimiser. Only the last one's checkpoints are kept: before it, the network is not yet pruned.
+    Every stage has a fresh optimiser. Only the last one's checkpoints are kept: before it, the
+    network is not yet pruned.
     """
     stages = sum(1 for _ in prune_in_stages(copy.deepcopy(model), plan))
     tracker = Tracker(run, model, stages * recipes.stage.epochs + recipes.final.epochs, meta)
@@ -127,7 +135,7 @@ def pruning_result(
     cost: Cost,
     pruned_cost: Cost,
 ) -> dict[str, Any]:
-    """What is known right after surgery, in the shape of result.json; ``model`` is the network before."""
+    """What is known right after surgery, as result.json says it; ``model`` is the one before."""
     widths = model.group_widths()
     kept = {name: len(plan.keep.get(name, range(width))) for name, width in widths.items()}
     return {

@@ -10,7 +10,8 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, write: Callable[[Any], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path`` (opened in binary mode), then move it into place.
+    """Let ``write`` fill a temporary file beside ``path`` (opened in binary mode), then move it
+    into place.
 
     A reader sees the old file or the new one; where writing fails, the old one stays.
     """

@@ -1,4 +1,4 @@
-"""Training: recipes, one training loop, one evaluation. They know a model and batches, and nothing of pruning."""
+"""Training: recipes, one training loop, one evaluation. Nothing here has heard of pruning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum on the cross-entropy, and a learning rate that changes between epochs.
+    """How to train: SGD with momentum on the cross-entropy, and a learning rate that changes
+    between epochs.
 
     Attributes:
         epochs: length of the training.
@@ -37,7 +38,8 @@ class Recipe:
         weight_decay: L2 penalty on all parameters.
         milestones: epochs after which the learning rate is multiplied by ``gamma``.
         gamma: that factor.
-        cosine: instead of the milestones, ``warmup`` epochs of linear rise and a half cosine down to zero.
+        cosine: instead of the milestones, ``warmup`` epochs of linear rise and a half cosine down
+            to zero.
         warmup: at most half of the epochs are spent on it.
     """
 
@@ -50,20 +52,24 @@ class Recipe:
     cosine: bool = False
     warmup: int = 5
 
-    def scaled_to(self, epochs: int) -> Recipe:
-        """The same recipe in another number of epochs; every milestone moves in proportion, rounded up, to 1 or later."""
-        milestones = tuple(
-            max(1, math.ceil(epochs * milestone / self.epochs)) for milestone in self.milestones
-        )
-        return replace(self, epochs=epochs, milestones=milestones)
+    def adapted(
+        self,
+        epochs: int,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        cosine: bool = False,
+    ) -> Recipe:
+        """The recipe in another number of epochs, with what the command line asks for.
 
-    def with_changes(self, lr: float | None, weight_decay: float | None, cosine: bool) -> Recipe:
-        """The recipe with what was asked for on the command line; None leaves a value as published."""
-        changes = {"lr": lr, "weight_decay": weight_decay}
+        Milestones move in proportion, rounded up to at least 1. None leaves a value as published.
+        """
         return replace(
             self,
+            epochs=epochs,
+            milestones=tuple(max(1, -(-epochs * m // self.epochs)) for m in self.milestones),
+            lr=self.lr if lr is None else lr,
+            weight_decay=self.weight_decay if weight_decay is None else weight_decay,
             cosine=cosine,
-            **{name: value for name, value in changes.items() if value is not None},
         )
 
     def optimizer(self, model: nn.Module) -> SGD:
@@ -83,7 +89,8 @@ class Recipe:
         )
 
 
-# The published recipe for unpruned networks on CIFAR; those for pruned ones are in utils/experiment.py.
+# The published recipe for unpruned networks on CIFAR; those for pruned ones are in
+# utils/experiment.py.
 CIFAR_BASELINE = Recipe(epochs=160, lr=0.1, weight_decay=1e-4, milestones=(60, 120), gamma=0.2)
 
 
@@ -173,8 +180,8 @@ def fit(
         runtime: where it runs.
         on_epoch: called after every epoch with its results and a state for ``resume``.
         resume: continue from such a state (the model's weights are the caller's to load).
-        first_epoch: added to the number of the epoch that ``train`` is asked for; a later stage of the same run draws
-            other orders and augmentations than an earlier one.
+        first_epoch: added to the number of the epoch that ``train`` is asked for; a later stage of
+            the same run draws other orders and augmentations than an earlier one.
 
     Returns what every epoch did. Raises InputError when the loss is not finite any more.
     """
@@ -196,7 +203,8 @@ def fit(
         seconds = time.perf_counter() - began
         if not math.isfinite(trained.loss):
             raise InputError(
-                f"the loss is {trained.loss} in epoch {epoch + 1} at learning rate {lr:g}; try a lower --lr"
+                f"the loss is {trained.loss} in epoch {epoch + 1} at learning rate {lr:g};"
+                " try a lower --lr"
             )
         scheduler.step()
         history.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ class PruningPlan:
     """The channels that every group keeps. A group that is not named keeps everything.
 
     Attributes:
-        keep: sorted indices into the channels of the model that the plan was made for, by group name.
+        keep: sorted indices into the channels of the model that the plan was made for, by group
+            name.
 
-    Raises ValueError with the group's name for indices that are not sorted, unique and non-negative, or for an empty group.
+    Raises ValueError with the group's name for indices that are not sorted, unique and
+    non-negative, or for an empty group.
     """
 
     keep: dict[str, list[int]]
@@ -35,10 +38,8 @@ class PruningPlan:
                     f"pruning plan: group {name} keeps nothing; at least one channel must stay"
                 )
             if any(type(i) is not int or i < 0 for i in indices):
-                raise ValueError(
-                    f"pruning plan: group {name} holds something that is no channel index (0, 1, ...)"
-                )
-            if any(a >= b for a, b in zip(indices, indices[1:])):
+                raise ValueError(f"pruning plan: group {name} holds what is no channel index")
+            if any(a >= b for a, b in itertools.pairwise(indices)):
                 raise ValueError(
                     f"pruning plan: the indices of group {name} are not sorted, or not unique"
                 )
@@ -50,11 +51,11 @@ class PruningPlan:
                 raise ValueError(f"pruning plan: the network has no channel group {name!r}")
             if indices[-1] >= widths[name]:
                 raise ValueError(
-                    f"pruning plan: group {name} has {widths[name]} channels, no channel {indices[-1]}"
+                    f"pruning plan: group {name} keeps channel {indices[-1]} of {widths[name]}"
                 )
 
     def apply_mask(self, model: GatedModel) -> GatedModel:
-        """Zero the gates of every channel that goes, in place: the same output as ``utils.surgery.prune``, full size."""
+        """Zero the gates of all channels that go, in place; the output is the pruned model's."""
         self.check(model.group_widths())
         for group in model.channel_groups():
             if group.name not in self.keep:
@@ -87,7 +88,7 @@ class PruningPlan:
 
 
 def compose_kept(kept: Mapping[str, Sequence[int]], plan: PruningPlan) -> dict[str, list[int]]:
-    """What is left of the unpruned network after ``plan`` was applied to one of which ``kept`` was left."""
+    """What is left of the unpruned network once ``plan`` has cut what was left of it, ``kept``."""
     after = {
         name: [kept[name][i] for i in keep] if name in kept else list(keep)
         for name, keep in plan.keep.items()
@@ -104,10 +105,11 @@ def select_channels(
 ) -> PruningPlan:
     """Keep the most salient channels of the whole network, as the published code selects them.
 
-    Every gate of every group contributes its channels' scores, in module order: N entries, of which the first
-    ``int(N * (1 - ratio))`` in descending order stay (among equal scores the later entry ranks higher). While the entry at
-    the cut belongs to a group of several gates, the cut moves on by one, so that coupled channels are not split.
-    A group that would keep fewer than ``min_channels`` keeps that many of its most salient ones.
+    Every gate of every group contributes its channels' scores, in module order: N entries, of which
+    the first ``int(N * (1 - ratio))`` in descending order stay (among equal scores the later entry
+    ranks higher). While the entry at the cut belongs to a group of several gates, the cut moves on
+    by one, so that coupled channels are not split. A group that would keep fewer than
+    ``min_channels`` keeps that many of its most salient ones.
 
     Args:
         groups: the channel groups of the network.
@@ -115,8 +117,9 @@ def select_channels(
         ratio: share of the entries to remove, in [0, 1).
         min_channels: floor for every group; a narrower group keeps all its channels.
 
-    Raises ValueError for a ratio outside [0, 1), a floor below 1, or scores that are missing, of another number of
-    channels than the others of their group, or not finite (with the group's name).
+    Raises ValueError for a ratio outside [0, 1), a floor below 1, or scores that are missing, of
+    another number of channels than the others of their group, or not finite (with the group's
+    name).
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
@@ -140,7 +143,8 @@ def select_channels(
     stays = torch.zeros(len(scores), dtype=torch.bool)
     stays[order[:cut]] = True
 
-    # A channel stays if any of its entries does: equal scores may leave the copies of one channel on both sides.
+    # A channel stays if any of its entries does: equal scores may leave the copies of one channel
+    # on both sides.
     stays_in_group: dict[str, Tensor] = {}
     for group, part in zip(
         owners, stays.split([len(saliency[group.name]) for group in owners]), strict=True
@@ -157,7 +161,7 @@ def select_channels(
 
 
 def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The group of every gate, in module order where the groups know it, else as they are listed."""
+    """The group of every gate, in module order where the groups know it, else as listed."""
     owners = [group for group in groups for _ in group.gates]
     positions = [place for group in groups for place in group.positions]
     if len(positions) < len(owners):
@@ -175,7 +179,7 @@ def _descending(scores: Tensor) -> Tensor:
 def pruned_share(
     groups: Sequence[ChannelGroup], widths: Mapping[str, int], plan: PruningPlan
 ) -> float:
-    """The ratio reached: the share of all gate entries that the plan removes from groups of these widths."""
+    """The ratio reached: the share of the gate entries of such groups that the plan removes."""
     total = sum(len(group.gates) * widths[group.name] for group in groups)
     kept = sum(
         len(group.gates) * len(plan.keep.get(group.name, range(widths[group.name])))

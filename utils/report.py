@@ -7,7 +7,7 @@ from typing import Any
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """The result of a pruning run as text of at most 79 columns: accuracies, cost, and the channels kept per layer."""
+    """The result of a pruning run in at most 79 columns: accuracies, costs, channels per layer."""
     accuracy, cost, ratio = result["accuracy"], result["cost"], result["ratio"]
     lines = [
         f"{result['net']} on {result['dataset']}, {result['criterion']}, seed {result['seed']}",
@@ -19,20 +19,18 @@ def result_table(result: Mapping[str, Any]) -> str:
     if accuracy["last"] is not None:
         lines += [
             f"  {'fine-tuned, last epoch':<28}{accuracy['last']:10.2f}",
-            f"  {'fine-tuned, best on test':<28}{accuracy['best']:10.2f}   (epoch {accuracy['best_epoch']})",
+            f"  {'fine-tuned, best on test':<28}{accuracy['best']:10.2f}"
+            f"   (epoch {accuracy['best_epoch']})",
         ]
     lines += ["", f"  {'':<28}{'before':>10}{'after':>10}{'reduction':>12}"]
-    for name, unit, scale in (
-        ("macs", "multiply-adds (MACs), M", 1e6),
-        ("params", "parameters, M", 1e6),
-    ):
-        before, after = cost[name]["before"], cost[name]["after"]
-        lines.append(
-            f"  {unit:<28}{before / scale:10.3f}{after / scale:10.3f}{100 * (1 - after / before):10.1f} %"
-        )
+    for name, title in (("macs", "multiply-adds (MACs), M"), ("params", "parameters, M")):
+        before, after = cost[name]["before"] / 1e6, cost[name]["after"] / 1e6
+        reduction = 100 * (1 - after / before)
+        lines.append(f"  {title:<28}{before:10.3f}{after:10.3f}{reduction:10.1f} %")
     lines += [
         "",
-        f"  gate entries removed: asked {100 * ratio['asked']:.2f} %, reached {100 * ratio['reached']:.2f} %",
+        f"  gate entries removed: asked {100 * ratio['asked']:.2f} %,"
+        f" reached {100 * ratio['reached']:.2f} %",
         "",
         f"  {'channels':<28}{'before':>10}{'after':>10}",
     ]

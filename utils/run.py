@@ -23,11 +23,11 @@ from utils.files import write_json, write_text
 from utils.finetune import Epoch
 from utils.pruning import PruningPlan
 
-OUTPUTS = ("config.json", "plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json")
+RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json")
 
 
 class Run:
-    """Everything a run writes goes through here, so that nothing of another experiment is written over.
+    """Everything a run writes goes through here; no other experiment is written over.
 
     Args:
         folder: of checkpoints and results, made on demand.
@@ -35,7 +35,8 @@ class Run:
         config: what makes the experiment what it is; another one in the same folder is refused.
         overwrite: replace it instead.
 
-    Raises InputError for a folder that holds another experiment, with what differs, or that cannot be written.
+    Raises InputError for a folder that holds another experiment, with what differs, or that cannot
+    be written.
     """
 
     def __init__(
@@ -43,44 +44,32 @@ class Run:
     ):
         self.folder = folder
         self.began = time.perf_counter()
-        self.config = json.loads(json.dumps(config))  # as it will be read back
-        if not overwrite:
-            self._refuse_another_experiment()
+        self.config = dict(config)
+        changed = self._another_experiment()
+        if changed and not overwrite:
+            raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if changed:
+                for name in (*RESULTS, "log.txt"):
+                    (folder / name).unlink(missing_ok=True)
             write_json(folder / "config.json", self.config)
-            self._log = open(folder / "log.txt", "a", encoding="utf-8")
+            self._log = (folder / "log.txt").open("a", encoding="utf-8")
             self.board = SummaryWriter(str(logdir))
         except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written ({error}); name another place with --output and --logdir"
-            ) from error
+            raise InputError(f"{folder}: cannot be written ({error}); see --output") from error
 
-    def _refuse_another_experiment(self) -> None:
-        present = [name for name in OUTPUTS if (self.folder / name).exists()]
+    def _another_experiment(self) -> str:
+        """What is in the folder and why it is not this experiment; empty where it may go on."""
+        present = [name for name in RESULTS if (self.folder / name).exists()]
         if not present:
-            return
-        way_out = "use --overwrite to replace it or --output to keep both"
+            return ""
         try:
             earlier = json.loads((self.folder / "config.json").read_text())
         except (OSError, ValueError):
-            raise InputError(
-                f"{self.folder} holds {', '.join(present)} of an unknown configuration; {way_out}"
-            ) from None
-        names = sorted(
-            {
-                name
-                for name in {*earlier, *self.config}
-                if earlier.get(name) != self.config.get(name)
-            }
-        )
-        if names:
-            differences = ", ".join(
-                f"{name} {earlier.get(name)} there, {self.config.get(name)} here" for name in names
-            )
-            raise InputError(
-                f"{self.folder} holds a run of another configuration ({differences}); {way_out}"
-            )
+            return f"{self.folder} holds {', '.join(present)} of an unknown configuration"
+        changed = differences(earlier, self.config)
+        return f"{self.folder} holds a run of another configuration ({changed})" if changed else ""
 
     def __enter__(self) -> Run:
         self.log(f"$ {command_line()}")
@@ -97,11 +86,12 @@ class Run:
         self._log.flush()
 
     def log_epoch(self, epoch: Epoch, epochs: int, step: int, seconds_left: float) -> None:
-        """One line, and TensorBoard scalars at ``step``, the number of epochs since the run began."""
+        """One line, and TensorBoard scalars at ``step``, the epochs since the run began."""
         self.log(
-            f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}  train loss {epoch.train.loss:.4f} {epoch.train.accuracy:.2f} %"
-            f"  test loss {epoch.test.loss:.4f} {epoch.test.accuracy:.2f} %  {epoch.images_per_second:.0f} images/s"
-            f"  {format_seconds(seconds_left)} left"
+            f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}"
+            f"  train loss {epoch.train.loss:.4f} {epoch.train.accuracy:.2f} %"
+            f"  test loss {epoch.test.loss:.4f} {epoch.test.accuracy:.2f} %"
+            f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
         for part, metrics in (("train", epoch.train), ("test", epoch.test)):
             self.board.add_scalar(f"loss/{part}", metrics.loss, step)
@@ -135,6 +125,13 @@ class Run:
             f"took {format_seconds(record['wall_time_seconds'])}; everything is in {self.folder}"
         )
         return record
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two configurations, in words; empty where nothing does."""
+    earlier, now = json.loads(json.dumps(earlier)), json.loads(json.dumps(now))  # tuples are lists
+    names = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {earlier.get(name)} there, {now.get(name)} here" for name in names)
 
 
 def command_line() -> str:

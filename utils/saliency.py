@@ -1,6 +1,8 @@
-"""Which channels matter: scores from one forward and one backward pass of one minibatch, in train mode.
+"""Which channels matter: scores from one forward and one backward pass of one minibatch, in train
+mode.
 
-Equations are those of the paper, "Exploring Gradient Flow Based Saliency for DNN Model Compression" (ACM MM 2021).
+Equations are those of the paper, "Exploring Gradient Flow Based Saliency for DNN Model Compression"
+(ACM MM 2021).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from models.gate import GatedModel
 
 @dataclass(frozen=True)
 class GroupSignals:
-    """What a criterion sees of one channel group with k norms and C channels; every tensor is (k, C).
+    """What a criterion sees of one channel group with k norms and C channels; every tensor is (k,
+    C).
 
     Attributes:
         gamma: the norms' scales.
@@ -42,7 +45,7 @@ def taylor(group: GroupSignals, w_beta: float) -> Tensor:
 
 
 def beta(group: GroupSignals, w_beta: float) -> Tensor:
-    """The signed shift alone, w_beta * beta / ||beta||: a channel far below zero dies in the ReLU."""
+    """The signed shift alone, w_beta * beta / ||beta||: far below zero, the ReLU is shut."""
     return w_beta * unit(group.beta).mean(0)
 
 
@@ -72,8 +75,9 @@ def channel_saliency(
 ) -> dict[str, Tensor]:
     """Score every prunable channel of ``model`` on one minibatch.
 
-    The model runs in train mode, so BatchNorm normalises by the statistics of the batch. Nothing of the model changes:
-    parameters, buffers, gradients, modes and the random state are the same bits afterwards.
+    The model runs in train mode, so BatchNorm normalises by the statistics of the batch. Nothing of
+    the model changes: parameters, buffers, gradients, modes and the random state are the same bits
+    afterwards.
 
     Args:
         model: a gated network, bare (not wrapped for several devices).
@@ -84,7 +88,8 @@ def channel_saliency(
 
     Returns the scores (C,) by group name.
 
-    Raises ValueError for an unknown criterion, and with the group's name for scores that are not finite.
+    Raises ValueError for an unknown criterion, and with the group's name for scores that are not
+    finite.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
@@ -113,7 +118,7 @@ def channel_saliency(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a pass in train mode does to a model: buffers, modes, ``requires_grad`` and the random state."""
+    """Undo what a pass in train mode does: buffers, modes, ``requires_grad``, random state."""
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

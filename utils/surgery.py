@@ -1,7 +1,8 @@
-"""Cutting channels out of a network. Surgery only slices: the pruned network computes what the masked one does.
+"""Cutting channels out of a network. Surgery only slices: the pruned network computes what the
+masked one does.
 
-Two small functions do it all, dispatched on the type of the layer: ``keep_outputs`` and ``keep_inputs``. A new layer
-type is a new registration of one or both.
+Two small functions do it all, dispatched on the type of the layer: ``keep_outputs`` and
+``keep_inputs``. A new layer type is a new registration of one or both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from utils.pruning import PruningPlan, compose_kept
 def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
     """Cut every channel that ``plan`` does not keep out of ``model``, in place, and return it.
 
-    The result equals the network masked by ``plan.apply_mask``, up to float rounding. The plan refers to the model as it
-    is, so a pruned network can be pruned again; ``model.kept`` records what is left of the unpruned one.
+    The result equals the network masked by ``plan.apply_mask``, up to float rounding. The plan
+    refers to the model as it is, so a pruned network can be pruned again; ``model.kept`` records
+    what is left of the unpruned one.
 
     Raises ValueError where the plan does not fit; the model is unchanged then.
     """
@@ -41,7 +43,8 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
 def prune_in_stages(model: GatedModel, plan: PruningPlan) -> Iterator[tuple[str, ...]]:
     """Cut ``plan`` out of ``model`` stage by stage, as the network's ``pruning_stages`` say.
 
-    Yields the names of the groups that were just cut; a group that loses nothing is left out, and so is a stage of such.
+    Yields the names of the groups that were just cut; a group that loses nothing is left out, and
+    so is a stage of such.
     """
     plan.check(model.group_widths())
     for stage in model.pruning_stages():
@@ -58,13 +61,13 @@ def prune_in_stages(model: GatedModel, plan: PruningPlan) -> Iterator[tuple[str,
 
 @singledispatch
 def keep_outputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the output channels ``keep`` (sorted indices, (C,)) of a layer, in place; all other attributes stay."""
+    """Keep the output channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays."""
     raise TypeError(f"surgery does not know how to cut the outputs of a {type(layer).__name__}")
 
 
 @singledispatch
 def keep_inputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the input channels ``keep`` (sorted indices, (C,)) of a layer, in place; all other attributes stay."""
+    """Keep the input channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays."""
     raise TypeError(f"surgery does not know how to cut the inputs of a {type(layer).__name__}")
 
 

@@ -1,11 +1,12 @@
-"""A procedural ten-class set of images: learnable, not trivial, and made in about a second without any data."""
+"""A procedural ten-class set of images: learnable, not trivial, made in about a second."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Each class is a shape, as an indicator over coordinates (u, v) in which the shape fills about [-1, 1].
+# Each class is a shape, as an indicator over coordinates (u, v) in which the shape fills about [-1,
+# 1].
 _SHAPES = {
     "disc": lambda u, v: u**2 + v**2 < 0.8,
     "ring": lambda u, v: ((u**2 + v**2) < 0.9) & ((u**2 + v**2) > 0.4),

@@ -1,4 +1,4 @@
-"""What happens after every epoch of a run: a line in the log, TensorBoard, last.pth and model_best.pth."""
+"""What happens after every epoch: a line in the log, TensorBoard, last.pth, model_best.pth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Tracker:
         meta: metadata for every checkpoint.
 
     Attributes:
-        best: the epoch of the last stage with the highest accuracy on the test set; the first of equals.
+        best: the epoch of the last stage with the highest accuracy on the test set; the first of
+            equals.
         last: the latest epoch.
         done: epochs of all stages so far.
         history: all of them.
@@ -36,8 +37,9 @@ class Tracker:
         self.start_stage(epochs=total_epochs)
 
     def start_stage(self, epochs: int, keep: bool = True) -> None:
-        """The next epochs belong to a stage of so many; ``keep`` says whether its checkpoints are worth keeping."""
-        self.stage_epochs, self.keep, self.best = epochs, keep, None
+        """The next epochs belong to a stage of so many; ``keep`` its checkpoints, or only log."""
+        self.stage_epochs, self.keep = epochs, keep
+        self.best = self.last = None
         self.began, self.done_before = time.perf_counter(), self.done
 
     def __call__(self, epoch: Epoch, training: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ class Tracker:
         return [epoch.as_dict() for epoch in self.history]
 
     def accuracies(self) -> dict[str, Any]:
-        """Test accuracy of the last epoch, and of the best with its number; None where nothing was trained."""
+        """Test accuracy of the last epoch, and of the best with its number; None without any."""
         return {
             "last": self.last and self.last.test.accuracy,
             "best": self.best and self.best.test.accuracy,

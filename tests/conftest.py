@@ -1,0 +1,43 @@
+"""What the tests share: networks with something to prune, and batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models import GatedModel, build_model
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Random scales, shifts and running statistics, so that no two channels are alike."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0.5, 0.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+def random_model(net: str, num_classes: int = 10) -> GatedModel:
+    torch.manual_seed(0)
+    model = build_model(net, num_classes)
+    randomise_norms(model)
+    return model
+
+
+def random_batch(count: int = 8, size: int = 32, num_classes: int = 10, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(count, 3, size, size, dtype=dtype), torch.arange(count) % num_classes
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |a|, in which this project states equality."""
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def keep_global_state():
+    """A script may ask torch for deterministic algorithms; the next test must not notice."""
+    yield
+    torch.use_deterministic_algorithms(False)

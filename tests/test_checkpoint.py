@@ -1,0 +1,153 @@
+"""Checkpoints rebuild their network; everyone else's load too; nothing unsafe does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batch, random_model
+from test_surgery import random_plan
+
+from models import NETWORKS
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
+from utils.errors import InputError
+from utils.files import write_atomically
+from utils.surgery import prune
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_fresh_process_gives_the_same_logits(tmp_path, net, times):
+    model = random_model(net, num_classes=7).eval()
+    for seed in range(times):
+        prune(model, random_plan(model, seed))
+    images, _ = random_batch(3)
+    save_checkpoint(tmp_path / "model.pth", model, accuracy=1.5)
+    torch.save(images, tmp_path / "images.pt")
+    program = (
+        "import sys, torch; from utils.checkpoint import load_model; folder = sys.argv[1];"
+        "model = load_model(folder + '/model.pth').eval();"
+        "torch.save(model(torch.load(folder + '/images.pt')), folder + '/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))
+
+
+def test_a_loaded_network_is_whole(tmp_path):
+    """Metadata, precision and the plan survive, and the caller's random state is left alone."""
+    model = prune(
+        random_model("gateresnet20").double(), random_plan(random_model("gateresnet20"), 1)
+    )
+    save_checkpoint(tmp_path / "a.pth", model, classes=["x", "y"], normalisation={"mean": [0.5]})
+    state = torch.get_rng_state()
+    loaded = load_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loaded.meta == {"classes": ["x", "y"], "normalisation": {"mean": [0.5]}}
+    assert loaded.model.kept == model.kept and loaded.model.net == "gateresnet20"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+        assert loaded.model.state_dict()[name].dtype == tensor.dtype, name
+
+
+def test_the_file_shrinks_with_the_network(tmp_path):
+    model = random_model("gatevgg11")
+    save_checkpoint(tmp_path / "full.pth", model)
+    save_checkpoint(tmp_path / "pruned.pth", prune(model, random_plan(model, 0, share=0.5)))
+    parameters = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert os.path.getsize(tmp_path / "pruned.pth") < 1.02 * parameters + 40_000
+    assert os.path.getsize(tmp_path / "pruned.pth") < 0.3 * os.path.getsize(tmp_path / "full.pth")
+
+
+def wrapped(state, wrapper, prefix, gates):
+    state = {f"{prefix}{n}": tensor for n, tensor in state.items() if gates or ".gate" not in n}
+    if wrapper is None:
+        return state
+    return {wrapper: state, "acc": 12.5, "epoch": 3, "optimizer": {"state": {}}, "scheduler": {}}
+
+
+@pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("gates", [True, False])
+def test_files_of_others_load(tmp_path, wrapper, prefix, gates):
+    model = random_model("gateresnet20", num_classes=13)
+    torch.save(wrapped(model.state_dict(), wrapper, prefix, gates), tmp_path / "other.pth")
+    loaded = load_model(tmp_path / "other.pth")
+    assert (loaded.net, loaded.num_classes) == ("gateresnet20", 13)
+    images, _ = random_batch(2)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("net", NETWORKS)
+def test_every_network_is_recognised_by_its_keys(tmp_path, net):
+    torch.save(random_model(net, num_classes=3).state_dict(), tmp_path / "plain.pth")
+    assert load_model(tmp_path / "plain.pth").net == net
+
+
+def test_metadata_of_published_files_is_read(tmp_path):
+    state = random_model("gateresnet20").state_dict()
+    torch.save(wrapped(state, "net", "module.", True), tmp_path / "other.pth")
+    assert load_checkpoint(tmp_path / "other.pth").meta == {"accuracy": 12.5, "epoch": 3}
+
+
+def test_a_pruned_file_without_its_plan_is_refused_with_that_reason(tmp_path):
+    model = random_model("gateresnet20")
+    torch.save({"net": prune(model, random_plan(model, 1)).state_dict()}, tmp_path / "p.pth")
+    with pytest.raises(InputError, match=r"p\.pth: .*gateresnet20.*without its plan"):
+        load_model(tmp_path / "p.pth")
+
+
+class Runs:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    "content", ["missing", "empty", "text", "code", "tensor", "strange", "cut"]
+)
+def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pth"
+    if content in ("empty", "text"):
+        path.write_bytes(b"" if content == "empty" else b"not a checkpoint")
+    elif content == "cut":
+        save_checkpoint(path, random_model("gateresnet20"))
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif content != "missing":
+        made = {"code": {"net": Runs()}, "tensor": torch.ones(3), "strange": {"a": torch.ones(2)}}
+        torch.save(made[content], path)
+    with pytest.raises(InputError, match=r"bad\.pth") as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_network_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", random_model("gateresnet20"))
+    torch.save(random_model("gateresnet20").state_dict(), tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(InputError, match=f"{name}: holds gateresnet20, not gatevgg16"):
+            load_checkpoint(tmp_path / name, net="gatevgg16")
+    save_checkpoint(tmp_path / "c.pth", random_model("gateresnet56", num_classes=100))
+    assert load_checkpoint(tmp_path / "c.pth", net="gateresnet56_c100").model.num_classes == 100
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -1,0 +1,207 @@
+"""Data sets, batches and augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from utils.batches import Batches, scoring_indices
+from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data
+from utils.errors import InputError
+
+
+def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), images=6, size=(40, 36)):
+    """A folder data set of uniform images whose shade says which they are."""
+    for part in parts:
+        for c, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", size, (10 * i, 50 * c, 7)).save(folder / f"{i}.png")
+    return root
+
+
+def numbered_images(count, size=8):
+    """Images that carry their own number in every pixel's place."""
+    pixels = torch.arange(count * size * size).view(count, 1, size, size) % 251
+    return ImageSet(pixels.expand(-1, 3, -1, -1).to(torch.uint8), torch.arange(count))
+
+
+def test_synthetic_set_is_the_same_every_time_and_balanced():
+    one, two = load_data("synthetic", "unused"), load_data("synthetic", "unused")
+    assert torch.equal(one.train.images, two.train.images) and len(one.classes) == 10
+    assert one.train.images.shape == (5000, 3, 32, 32) and one.train.images.dtype == torch.uint8
+    for part in (one.train, one.test):
+        assert (part.labels.bincount() == len(part) // 10).all()
+    assert not torch.equal(one.train.images[:1000], one.test.images)
+
+
+def test_folder_set(tmp_path):
+    data = load_data("folder", make_folder(tmp_path, parts=("train", "val")), image_size=24)
+    assert data.classes == ["cat", "dog"]
+    assert data.train.images.shape == (12, 3, 24, 24)
+    shades = data.train.images[:, :2, 0, 0].long()
+    assert torch.equal(shades[:, 1] // 50, data.train.labels)  # every image has its own label
+    assert data.train.labels.tolist() != sorted(data.train.labels.tolist())  # not class by class
+    again = load_data("folder", tmp_path, image_size=24)
+    assert torch.equal(again.train.labels, data.train.labels)
+
+
+def test_folder_set_that_cannot_serve_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="no folder .*train"):
+        load_data("folder", tmp_path)
+    make_folder(tmp_path, parts=("train",))
+    with pytest.raises(InputError, match="no folder .*test.* or .*val"):
+        load_data("folder", tmp_path)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(InputError, match="test must hold one folder of images per class"):
+        load_data("folder", tmp_path)
+    make_folder(tmp_path / "x", parts=("test",), classes=("cat", "dog", "owl"))
+    (tmp_path / "test").rmdir()
+    (tmp_path / "x" / "test").rename(tmp_path / "test")
+    with pytest.raises(InputError, match="only one has owl"):
+        load_data("folder", tmp_path)
+    for image in (tmp_path / "test" / "owl").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match="owl"):
+        load_data("folder", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "empty"])
+def test_unreadable_image_is_named(tmp_path, damage):
+    make_folder(tmp_path)
+    victim = tmp_path / "train" / "dog" / "3.png"
+    content = {"text": b"no image", "cut": victim.read_bytes()[:60], "empty": b""}[damage]
+    victim.write_bytes(content)
+    with pytest.raises(InputError, match=r"dog/3\.png: cannot be read"):
+        load_data("folder", tmp_path)
+
+
+def fake_cifar(tmp_path, monkeypatch):
+    """The download of CIFAR-10 from a file:// archive with two images a batch."""
+    source = tmp_path / "served" / "cifar-10-batches-py"
+    source.mkdir(parents=True)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+    sums = {}
+    for i, name in enumerate(names):
+        rows = np.full((2, 3072), 20 * i, dtype=np.uint8)
+        content = {"data": rows, "labels": [i, 9], "label_names": list("abcdefghij")}
+        (source / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((source / name).read_bytes()).hexdigest()
+    archive = tmp_path / "served" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, source.name)
+    monkeypatch.setattr(CIFAR10, "url", archive.as_uri())
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [[names[5], sums[names[5]]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    return archive
+
+
+def test_cifar_is_downloaded_in_file_order(tmp_path, monkeypatch):
+    fake_cifar(tmp_path, monkeypatch)
+    data = load_data("cifar10", tmp_path / "data")
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 0, 20, 20, 40, 40, 60, 60, 80, 80]
+    assert data.train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert data.test.images.shape == (2, 3, 32, 32) and data.classes == list("abcdefghij")
+
+
+def test_failed_download_says_which_file_goes_where(tmp_path, monkeypatch):
+    fake_cifar(tmp_path, monkeypatch).unlink()
+    with pytest.raises(InputError, match="put cifar-10-python.tar.gz into .*data") as error:
+        load_data("cifar10", tmp_path / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_archive_is_named(tmp_path, monkeypatch):
+    archive = fake_cifar(tmp_path, monkeypatch)
+    (tmp_path / archive.name).write_bytes(archive.read_bytes()[:-5])
+    with pytest.raises(InputError, match="cifar-10-python.tar.gz is damaged; delete it"):
+        load_data("cifar10", tmp_path)
+
+
+def batches(count=50, batch_size=16, **options):
+    return Batches(numbered_images(count), batch_size, CIFAR10_NORMALISATION, **options)
+
+
+def test_an_epoch_shows_every_image_once_in_another_order():
+    train = batches(augment=True, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        train.set_epoch(epoch)
+        orders.append(torch.cat([labels for _, labels in train]))
+    assert torch.equal(orders[0].sort().values, torch.arange(50))
+    assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
+    other = batches(augment=True, seed=4)
+    assert not torch.equal(torch.cat([labels for _, labels in other]), orders[0])
+
+
+def test_evaluation_shows_the_plain_images_in_file_order():
+    plain = batches(augment=False)
+    images, labels = (torch.cat(parts) for parts in zip(*plain, strict=True))
+    assert torch.equal(labels, torch.arange(50))
+    assert torch.equal(images, CIFAR10_NORMALISATION.apply(numbered_images(50).images))
+
+
+def test_normalisation_is_that_of_torchvision():
+    from torchvision.transforms.v2 import functional
+
+    images = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
+    expected = functional.normalize(
+        images.float() / 255, list(CIFAR10_NORMALISATION.mean), list(CIFAR10_NORMALISATION.std)
+    )
+    assert torch.allclose(CIFAR10_NORMALISATION.apply(images), expected, atol=1e-5)
+
+
+def test_augmentation_is_a_padded_crop_and_a_flip():
+    """Every augmented image is one of the 2 * 3 * 3 that padding, cropping and flipping allow."""
+    source = numbered_images(400)
+    train = batches(400, 64, augment=True)
+    padded = torch.nn.functional.pad(source.images, (1, 1, 1, 1))
+    seen = set()
+    for images, labels in train:
+        for image, label in zip(images, labels, strict=True):
+            options = {}
+            for dy in range(3):
+                for dx in range(3):
+                    crop = padded[label, :, dy : dy + 8, dx : dx + 8]
+                    options[dy, dx, False], options[dy, dx, True] = crop, crop.flip(-1)
+            normalised = {k: CIFAR10_NORMALISATION.apply(v) for k, v in options.items()}
+            found = [key for key, option in normalised.items() if torch.equal(option, image)]
+            assert len(found) == 1
+            seen.add(found[0])
+    assert len(seen) == 18
+
+
+def test_an_images_augmentation_does_not_depend_on_its_batch():
+    large, small = (batches(batch_size=size, augment=True, seed=5) for size in (16, 10))
+    for epoch in (0, 3):
+        large.set_epoch(epoch)
+        small.set_epoch(epoch)
+        assert torch.equal(torch.cat([x for x, _ in large]), torch.cat([x for x, _ in small]))
+
+
+def test_a_last_batch_of_one_image_is_left_out_of_training_only():
+    assert [len(y) for _, y in batches(49, augment=True)] == [16, 16, 16]
+    assert [len(y) for _, y in batches(49, augment=False)] == [16, 16, 16, 1]
+    assert [len(y) for _, y in batches(1, augment=True)] == [1]
+    assert len(batches(50, augment=True, limit=2)) == 2
+
+
+def test_the_scoring_batch():
+    assert torch.equal(scoring_indices(50_000, 200), torch.arange(45_000, 45_200))
+    assert torch.equal(scoring_indices(1_000, 200), torch.arange(800, 1_000))
+    assert torch.equal(scoring_indices(100, 200), torch.arange(100))
+    drawn = scoring_indices(1_000, 200, seed=4)
+    assert len(set(drawn.tolist())) == 200 and drawn.min() < 800
+    assert torch.equal(drawn, scoring_indices(1_000, 200, seed=4))
+    assert not torch.equal(drawn, scoring_indices(1_000, 200, seed=5))

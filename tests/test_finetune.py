@@ -1,0 +1,179 @@
+"""Recipes, schedules, the training loop and the evaluation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+from torch.optim import SGD
+
+from utils.batches import Batches
+from utils.data import CIFAR10_NORMALISATION, ImageSet
+from utils.distributed import Runtime, select_runtime
+from utils.errors import InputError
+from utils.experiment import CIFAR_RECIPES
+from utils.finetune import CIFAR_BASELINE, Recipe, evaluate, fit
+
+CPU = Runtime(torch.device("cpu"))
+
+
+def small_batches(count=24, batch_size=8, **options):
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, 8, 8), generator=stream, dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(count) % 10)
+    return Batches(data, batch_size, CIFAR10_NORMALISATION, **options)
+
+
+def rates(recipe):
+    """The learning rate of every epoch."""
+    optimizer = recipe.optimizer(torch.nn.Linear(1, 1))
+    scheduler = recipe.scheduler(optimizer)
+    seen = []
+    for _ in range(recipe.epochs):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_published_steps():
+    seen = rates(CIFAR_BASELINE)
+    assert seen == pytest.approx([0.1] * 60 + [0.02] * 60 + [0.004] * 40)
+    stage = rates(CIFAR_RECIPES.stage)
+    assert stage == pytest.approx([0.01] * 5 + [0.001] * 5 + [0.0001] * 20)
+    final = rates(CIFAR_RECIPES.final)
+    assert final == pytest.approx([0.01] * 10 + [0.002] * 5 + [0.0004] * 30)
+    assert CIFAR_RECIPES.one_shot.weight_decay == 5e-4 and CIFAR_BASELINE.weight_decay == 1e-4
+
+
+@pytest.mark.parametrize("epochs", range(1, 170))
+def test_milestones_scale_with_the_epochs(epochs):
+    expected = tuple(max(1, math.ceil(epochs * share)) for share in (3 / 8, 3 / 4))
+    assert CIFAR_BASELINE.adapted(epochs).milestones == expected
+
+
+def test_stage_lengths_keep_their_share():
+    def lengths(*args):
+        recipes = CIFAR_RECIPES.adapted(*args)
+        return recipes.one_shot.epochs, recipes.stage.epochs, recipes.final.epochs
+
+    assert lengths(160, None, None) == (160, 30, 45)
+    assert lengths(2, None, None) == (2, 1, 1)
+    assert lengths(0, None, None) == (0, 0, 0)
+    assert lengths(16, 7, None) == (16, 7, 5)
+    with pytest.raises(InputError, match="final_epochs"):
+        lengths(0, 3, None)
+
+
+def test_cosine_warms_up_and_ends_at_zero():
+    recipe = CIFAR_BASELINE.adapted(45, lr=0.4, cosine=True)
+    seen = rates(recipe)
+    assert seen[:5] == pytest.approx([0.4 * k / 6 for k in range(1, 6)])
+    assert seen[5:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / 40)) for k in range(40)])
+    assert rates(CIFAR_BASELINE.adapted(1, cosine=True)) == [0.1]
+    assert len(rates(CIFAR_BASELINE.adapted(3, cosine=True))) == 3
+
+
+def test_fit_equals_a_plain_loop():
+    """On the same batches, to the bit: SGD, cross-entropy, one step of the schedule per epoch."""
+    model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
+    plain = copy.deepcopy(model).train()
+    recipe = Recipe(epochs=2, lr=0.05, weight_decay=1e-3, milestones=(1,), gamma=0.5)
+    optimizer = SGD(
+        [p for p in plain.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=1e-3
+    )
+    for epoch, lr in ((3, 0.05), (4, 0.025)):
+        optimizer.param_groups[0]["lr"] = lr
+        train.set_epoch(epoch)
+        for images, labels in train:
+            optimizer.zero_grad()
+            F.cross_entropy(plain(images), labels).backward()
+            optimizer.step()
+    history = fit(model, train, test, recipe, CPU, first_epoch=3)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert [(epoch.number, epoch.lr) for epoch in history] == [(1, 0.05), (2, 0.025)]
+    assert history[-1].test == evaluate(model, test, CPU)
+
+
+def test_no_epochs_change_nothing():
+    model = random_model("gateresnet20")
+    before = copy.deepcopy(model.state_dict())
+    recipe = CIFAR_RECIPES.one_shot.adapted(0)
+    assert fit(model, small_batches(augment=True), small_batches(), recipe, CPU) == []
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_fit_continues_to_the_same_bits(tmp_path, cosine):
+    recipe = Recipe(4, 0.05, 1e-3, milestones=(2,), gamma=0.5, cosine=cosine, warmup=2)
+    model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
+    states = []
+
+    def keep(epoch, training):
+        states.append(tmp_path / f"{epoch.number}.pt")
+        torch.save({"model": model.state_dict(), "training": training}, states[-1])
+
+    fit(model, train, test, recipe, CPU, on_epoch=keep)
+    for path in states[:-1]:
+        saved = torch.load(path, weights_only=True)
+        resumed = random_model("gateresnet20")
+        resumed.load_state_dict(saved["model"])
+        fit(resumed, small_batches(augment=True), test, recipe, CPU, resume=saved["training"])
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), (path.name, name)
+
+
+def test_evaluation_counts_every_image_and_restores_the_mode():
+    model = random_model("gateresnet20").train()
+    before = copy.deepcopy(model.state_dict())
+    metrics = evaluate(model, small_batches(23, 10), CPU)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.eval()
+    ((images, labels),) = small_batches(23, 23)
+    logits = model(images)
+    assert metrics.images == 23
+    assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == labels).double().mean())
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = random_model("gateresnet20")
+    model.linear.weight.data.fill_(float("nan"))
+    recipe = Recipe(2, 0.1, 0, milestones=(1,), gamma=1)
+    with pytest.raises(InputError, match="the loss is nan in epoch 1"):
+        fit(model, small_batches(augment=True), small_batches(), recipe, CPU)
+
+
+def test_devices(monkeypatch):
+    assert select_runtime("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert select_runtime() == Runtime(torch.device("cuda", 0), (0, 1, 2, 3))
+    assert select_runtime("auto", (2, 1)) == Runtime(torch.device("cuda", 2), (2, 1))
+    with pytest.raises(InputError, match=r"--gpu 4,7: torch sees 4 GPUs"):
+        select_runtime("auto", (0, 4, 7))
+    with pytest.raises(InputError, match="--gpu needs --device cuda"):
+        select_runtime("cpu", (0,))
+
+
+def test_several_gpus_share_a_batch_through_dataparallel(monkeypatch):
+    """The wiring only; DataParallel itself needs the hardware."""
+    made = []
+
+    def wrapper(model, ids):
+        made.append((model, ids))
+        return model
+
+    monkeypatch.setattr(torch.nn, "DataParallel", wrapper)
+    model = random_model("gateresnet20")
+    monkeypatch.setattr(model, "to", lambda device: model)
+    Runtime(torch.device("cuda", 1), (1, 3)).parallel(model)
+    assert made == [(model, [1, 3])]
+    assert Runtime(torch.device("cuda", 1), (1,)).parallel(model) is model
+    assert len(made) == 1

@@ -1,0 +1,120 @@
+"""The networks: names, keys, shapes, groups and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import random_batch
+
+from models import ALIASES, NETWORKS, ChannelGroup, Gate, build_model
+from utils.cost import model_cost
+
+
+@pytest.mark.parametrize("net", [*NETWORKS, *ALIASES])
+def test_forward_and_backward_reach_every_parameter(net):
+    model = build_model(net)
+    images, labels = random_batch(2, num_classes=model.num_classes)
+    logits = model(images)
+    assert logits.shape == (2, model.num_classes)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (not name.endswith("gate")), name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("net", NETWORKS)
+def test_every_gate_and_norm_is_in_exactly_one_group(net):
+    model = build_model(net)
+    groups = model.channel_groups()
+    gates = [name for name, module in model.named_modules() if isinstance(module, Gate)]
+    assert sorted(gate for group in groups for gate in group.gates) == sorted(gates)
+    for group in groups:
+        assert [gates[i] for i in group.positions] == list(group.gates)
+    assert [group.positions[0] for group in groups] == sorted(g.positions[0] for g in groups)
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert sorted(norm for group in groups for norm in group.norms) == sorted(norms)
+
+
+@pytest.mark.parametrize("net", NETWORKS)
+def test_stages_hold_every_group_once(net):
+    model = build_model(net)
+    staged = [name for stage in model.pruning_stages() for name in stage]
+    assert sorted(staged) == sorted(model.group_widths())
+
+
+def test_published_keys_of_vgg16():
+    state = build_model("gatevgg16").state_dict()
+    keys = set(state)
+    assert {"features.0.weight", "features.0.bias", "features.1.running_var"} <= keys
+    assert {"features.2.gate", "features.54.gate", "classifier.weight", "classifier.bias"} <= keys
+    assert sum(tensor.shape[2:] == (3, 3) for tensor in state.values()) == 13
+
+
+def test_published_keys_of_resnet20():
+    keys = set(build_model("gateresnet20").state_dict())
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    expected = {"conv1.weight", "gate1.gate", "linear.weight", "linear.bias"}
+    expected |= {f"bn1.{part}" for part in norm}
+    for block in (f"layer{s}.{b}" for s in (1, 2, 3) for b in range(3)):
+        for k in (1, 2):
+            expected |= {f"{block}.conv{k}.weight", f"{block}.gate{k}.gate"}
+            expected |= {f"{block}.bn{k}.{part}" for part in norm}
+    assert keys == expected
+
+
+@pytest.mark.parametrize(
+    "net, macs, params",
+    [("gatevgg16", 313.2e6, 14.728e6), ("gateresnet56", 125.5e6, 0.853e6)],
+)
+def test_cost_meets_the_known_figures(net, macs, params):
+    cost = model_cost(build_model(net), 32)
+    assert cost.macs == pytest.approx(macs, rel=1e-3)
+    assert cost.params == pytest.approx(params, rel=1e-3)
+
+
+def test_cost_equals_a_count_by_hand():
+    """ResNet-20 layer by layer: 9 c_in c_out h w for each 3x3 convolution, and the linear layer."""
+    convolutions = [(3, 16, 32)] + [(16, 16, 32)] * 6
+    convolutions += [(16, 32, 16)] + [(32, 32, 16)] * 5 + [(32, 64, 8)] + [(64, 64, 8)] * 5
+    macs = sum(9 * a * b * side**2 for a, b, side in convolutions) + 64 * 10
+    params = sum(9 * a * b + 2 * b for a, b, _ in convolutions) + 64 * 10 + 10
+    assert dataclasses.astuple(model_cost(build_model("gateresnet20"), 32)) == (macs, params)
+
+
+def test_unknown_network_names_the_nearest():
+    with pytest.raises(ValueError, match="gatevgg16"):
+        build_model("gatevgg61", 10)
+
+
+def test_alias_has_a_hundred_classes_and_no_other_number():
+    model = build_model("gateresnet56_c100")
+    assert (model.net, model.num_classes) == ("gateresnet56", 100)
+    with pytest.raises(ValueError, match="100 classes, not 10"):
+        build_model("gateresnet56_c100", 10)
+
+
+def test_other_image_sizes_work():
+    for net in ("gatevgg11", "gateresnet20"):
+        assert build_model(net, 7).eval()(torch.randn(1, 3, 48, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"inputs": ("layer9.conv1",)}, "layer9.conv1"),
+        ({"norms": ("layer3.0.bn1",)}, "differ in width"),
+    ],
+)
+def test_group_that_does_not_fit_is_refused_by_name(monkeypatch, change, message):
+    model = build_model("gateresnet20")
+    groups = [dataclasses.replace(group, **change) for group in model._channel_groups()]
+    monkeypatch.setattr(model, "_channel_groups", lambda: iter(groups))
+    with pytest.raises(ValueError, match=message):
+        model.channel_groups()
+
+
+def test_group_is_named_after_its_first_gate():
+    with pytest.raises(ValueError, match="first gate"):
+        ChannelGroup("other", ("gate1",), ("bn1",), ("conv1",), ("conv2",))

@@ -1,0 +1,328 @@
+"""The scripts, as a user chains them, on a small folder of images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batch, random_model
+from test_data import make_folder
+
+import gfbs_cifar
+import train
+from utils.batches import Batches
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
+from utils.cost import model_cost
+from utils.data import load_data
+from utils.distributed import Runtime
+from utils.errors import InputError
+from utils.finetune import evaluate
+from utils.pruning import PruningPlan
+from utils.surgery import prune
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with images in ``images``; scripts write below it."""
+    make_folder(tmp_path / "images", images=9, size=(16, 16))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMON = [
+    "--net",
+    "gateresnet20",
+    "--dataset",
+    "folder",
+    "--data_dir",
+    "images",
+    "--image_size",
+    "16",
+    "--device",
+    "cpu",
+]
+
+
+def run_train(*argv):
+    return train.main(train.parse_args([*COMMON, "--bs", "8", "--epochs", "2", *argv]))
+
+
+def run_gfbs(*argv):
+    return gfbs_cifar.main(gfbs_cifar.parse_args([*COMMON, "--bs", "8", "--epochs", "1", *argv]))
+
+
+@pytest.fixture
+def trained(place):
+    run_train()
+    return place / "checkpoints" / "gateresnet20_folder"
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def same_weights(a, b):
+    a, b = load_model(a).state_dict(), load_model(b).state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_train_then_prune_with_no_step_by_hand(trained, capsys):
+    assert files(trained) >= {"model_best.pth", "last.pth", "result.json", "log.txt"}
+    result = run_gfbs("--p", "0.5")
+    run = trained / "gfbs_p0.5_seed1"
+    assert files(run) >= {"plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json"}
+    assert json.loads((run / "result.json").read_text()) == json.loads(json.dumps(result))
+
+    baseline, plan = load_model(trained / "model_best.pth"), (run / "plan.json").read_text()
+    by_hand = prune(load_model(trained / "model_best.pth"), PruningPlan.from_json(plan)).eval()
+    pruned = load_model(run / "pruned.pth").eval()
+    images, _ = random_batch(2, 16)
+    assert torch.equal(by_hand(images), pruned(images))
+
+    data = load_data("folder", "images", 16)
+    test = Batches(data.test, 100, data.normalisation)
+    runtime = Runtime(torch.device("cpu"))
+    accuracy = result["accuracy"]
+    for key, network in (
+        ("baseline", baseline), ("after_surgery", pruned),
+        ("best", load_model(run / "model_best.pth")), ("last", load_model(run / "last.pth")),
+    ):  # fmt: skip
+        assert accuracy[key] == pytest.approx(evaluate(network, test, runtime).accuracy), key
+    for name, network in (("before", baseline), ("after", pruned)):
+        cost = model_cost(network, 16)
+        assert result["cost"]["macs"][name] == cost.macs
+        assert result["cost"]["params"][name] == cost.params
+    assert result["channels"] == {
+        name: {"before": width, "after": pruned.group_widths()[name]}
+        for name, width in baseline.group_widths().items()
+    }
+    assert result["ratio"]["asked"] == 0.5 and 0.3 < result["ratio"]["reached"] <= 0.51
+    assert {"command", "seed", "versions", "wall_time_seconds", "history"} <= result.keys()
+    shown = capsys.readouterr().out
+    assert "right after" not in shown and "after surgery" in shown and "multiply-adds" in shown
+    assert max(len(line) for line in shown.split("\n\n", 1)[1].splitlines()[:30]) < 80
+    assert list((trained.parents[1] / "runs").rglob("events*"))
+
+
+def test_small_files_hold_no_optimizer(trained):
+    run_gfbs("--p", "0.5")
+    for name in ("model_best.pth", "gfbs_p0.5_seed1/pruned.pth", "gfbs_p0.5_seed1/model_best.pth"):
+        assert "training" not in load_checkpoint(trained / name).meta, name
+    assert "optimizer" in load_checkpoint(trained / "last.pth").meta["training"]
+    meta = load_checkpoint(trained / "gfbs_p0.5_seed1" / "model_best.pth").meta
+    assert meta["classes"] == ["cat", "dog"] and meta["normalisation"]["mean"][0] == 0.4914
+
+
+def test_a_pruned_checkpoint_is_pruned_again(trained):
+    run_gfbs("--p", "0.4")
+    first = trained / "gfbs_p0.4_seed1" / "model_best.pth"
+    run_gfbs("--p", "0.3", "--checkpoint", str(first))
+    again = load_model(trained / "gfbs_p0.3_seed1" / "pruned.pth")
+    once = load_model(first)
+    assert all(again.group_widths()[n] <= width for n, width in once.group_widths().items())
+    assert all(set(again.kept[name]) <= set(once.kept[name]) for name in once.kept)
+    with pytest.raises(InputError, match="baseline"):  # the same name, another network
+        run_gfbs("--p", "0.4", "--checkpoint", str(first))
+
+
+def test_no_epochs_means_no_fine_tuning(trained):
+    result = run_gfbs("--p", "0.5", "--epochs", "0")
+    assert result["accuracy"]["last"] is None and result["history"] == []
+    run = trained / "gfbs_p0.5_seed1"
+    assert files(run) >= {"plan.json", "pruned.pth", "result.json"}
+    assert not files(run) & {"last.pth", "model_best.pth"}
+
+
+def test_no_ratio_means_nothing_goes(trained):
+    result = run_gfbs("--p", "0", "--epochs", "0")
+    assert result["ratio"]["reached"] == 0
+    assert result["accuracy"]["baseline"] == result["accuracy"]["after_surgery"]
+    assert same_weights(trained / "model_best.pth", trained / "gfbs_p0_seed1" / "pruned.pth")
+
+
+def test_smooth_ends_with_the_same_channels(trained):
+    one_shot = run_gfbs("--p", "0.5")
+    smooth = run_gfbs("--p", "0.5", "--smooth", "--smooth_epochs", "1", "--final-epochs", "2")
+    run = trained / "gfbs_p0.5_smooth_seed1"
+    assert smooth["channels"] == one_shot["channels"]
+    assert smooth["accuracy"]["after_surgery"] == one_shot["accuracy"]["after_surgery"]
+    for name in ("pruned.pth", "last.pth", "model_best.pth"):
+        assert load_model(run / name).kept == load_model(run / "pruned.pth").kept
+    assert (run / "plan.json").read_text() == (trained / "gfbs_p0.5_seed1/plan.json").read_text()
+    log = (run / "log.txt").read_text().splitlines()
+    stages = sum(line.startswith("stage ") for line in log)
+    assert 0 < stages <= 9 and len(smooth["history"]) == stages + 2
+    assert smooth["accuracy"]["best_epoch"] in (1, 2)
+
+
+def test_criteria_by_flag(trained):
+    for given, criterion in (
+        (["--no_beta"], "taylor"), (["--beta-only"], "beta"), (["--beta"], "gfbs"),
+    ):  # fmt: skip
+        assert run_gfbs("--epochs", "0", *given)["criterion"] == criterion
+        assert (trained / f"{criterion}_p0.7_seed1" / "result.json").exists()
+
+
+def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(place):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run_train("--output", name, "--seed", seed, "--deterministic")
+    a, b, c = (place / name / "gateresnet20_folder" / "last.pth" for name in "abc")
+    assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_resume_ends_with_the_same_bits(place):
+    run_train("--epochs", "3", "--output", "whole")
+    whole = place / "whole" / "gateresnet20_folder"
+
+    class Killed(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        call = train.Tracker.__call__
+
+        def dies(self, epoch, training):
+            call(self, epoch, training)
+            if epoch.number == 2:
+                raise Killed
+
+        patch.setattr(train.Tracker, "__call__", dies)
+        with pytest.raises(Killed):
+            run_train("--epochs", "3", "--output", "broken")
+    resumed = run_train("--epochs", "3", "--output", "broken", "--resume")
+    broken = place / "broken" / "gateresnet20_folder"
+    assert same_weights(whole / "last.pth", broken / "last.pth")
+    assert same_weights(whole / "model_best.pth", broken / "model_best.pth")
+    history = json.loads((whole / "result.json").read_text())["history"]
+    for ours, theirs in zip(resumed["history"], history, strict=True):
+        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+    with pytest.raises(InputError, match=r"another configuration \(epochs: 3 there, 4 here\)"):
+        run_train("--epochs", "4", "--output", "broken", "--resume")
+
+
+def test_another_configuration_is_refused_unless_asked(trained):
+    before = (trained / "last.pth").read_bytes()
+    with pytest.raises(InputError, match="lr: None there, 0.5 here.*--overwrite"):
+        run_train("--lr", "0.5")
+    assert (trained / "last.pth").read_bytes() == before
+    run_train("--lr", "0.5", "--overwrite")
+    assert (trained / "last.pth").read_bytes() != before
+    (trained / "config.json").unlink()
+    with pytest.raises(InputError, match="unknown configuration"):
+        run_train()
+
+
+def test_flags_with_dashes_and_underscores_are_the_same():
+    dashes = train.parse_args(["--limit-train-batches", "3", "--data-dir=a-b", "--weight-decay=1"])
+    underscores = train.parse_args(
+        ["--limit_train_batches", "3", "--data_dir=a-b", "--weight_decay=1"]
+    )
+    assert dashes == underscores and dashes.data_dir == "a-b"
+
+
+BAD_FLAGS = [
+    (train, ["--net", "gatevgg61"], "did you mean gatevgg"),
+    (train, ["--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
+    (train, ["--epochs", "many"], "--epochs"),
+    (train, ["--lr", "-1"], "--lr: '-1' is not a positive number"),
+    (train, ["--lr", "nan"], "--lr"),
+    (train, ["--seed", "-1"], "--seed"),
+    (train, ["--dataset", "mnist"], "--dataset"),
+    (train, ["--gpu", "0,0"], "--gpu"),
+    (train, ["--gpu", "one"], "--gpu"),
+    (train, ["--unknown", "3"], "--unknown"),
+    (gfbs_cifar, ["--p", "1"], "--p: '1' is not a ratio in [0, 1)"),
+    (gfbs_cifar, ["--p", "-0.1"], "--p"),
+    (gfbs_cifar, ["--p", "nan"], "--p"),
+    (gfbs_cifar, ["--w_beta", "-1"], "--w_beta"),
+    (gfbs_cifar, ["--criterion", "magic"], "--criterion"),
+    (gfbs_cifar, ["--no_beta", "--beta_only"], "--beta_only means --criterion beta, not taylor"),
+    (gfbs_cifar, ["--min_channels", "0"], "--min_channels"),
+    (gfbs_cifar, ["--score_images", "0"], "--score_images"),
+]
+
+
+@pytest.mark.parametrize("script, argv, message", BAD_FLAGS)
+def test_bad_flags_end_with_one_line_and_code_2(script, argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(argv)
+    shown = capsys.readouterr().err
+    assert left.value.code == 2 and message in shown and shown.count("\n") == 1
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def bad_inputs(place):
+    """(arguments of gfbs_cifar.py or train.py, what the message must say)"""
+    save_checkpoint(place / "vgg.pth", random_model("gatevgg11", 2))
+    save_checkpoint(place / "three.pth", random_model("gateresnet20", 3))
+    named = random_model("gateresnet20", 2)
+    save_checkpoint(place / "swapped.pth", named, classes=["dog", "cat"])
+    save_checkpoint(place / "good.pth", named)
+    torch.save(
+        prune(random_model("gateresnet20", 2), PruningPlan({"gate1": [3]})).state_dict(), "p.pth"
+    )
+    make_folder(place / "other", classes=("cat", "owl"), parts=("train",))
+    make_folder(place / "other", classes=("cat", "dog"), parts=("test",))
+    make_folder(place / "broken", images=3)
+    (place / "broken" / "train" / "cat" / "1.png").write_text("no image")
+    (place / "empty" / "train").mkdir(parents=True)
+    (place / "empty" / "test").mkdir()
+    return [
+        (run_gfbs, [], "model_best.pth: no such checkpoint; make one with train.py"),
+        (run_gfbs, ["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
+        (run_gfbs, ["--checkpoint", "vgg.pth"], "vgg.pth: holds gatevgg11, not gateresnet20"),
+        (run_gfbs, ["--checkpoint", "three.pth"], "2 classes, the checkpoint was trained on 3"),
+        (run_gfbs, ["--checkpoint", "swapped.pth"], "class 'cat' where the checkpoint has 'dog'"),
+        (run_gfbs, ["--checkpoint", "p.pth"], "without its plan"),
+        (run_gfbs, ["--checkpoint", "good.pth", "--gpu", "0"], "--gpu needs --device cuda"),
+        (run_gfbs, ["--checkpoint", "good.pth", "--data_dir", "nowhere"], "nowhere"),
+        (
+            run_train,
+            ["--data_dir", "empty"],
+            "empty/train must hold one folder of images per class",
+        ),
+        (run_train, ["--data_dir", "other"], "only one has dog, owl"),
+        (run_train, ["--data_dir", "broken"], "cat/1.png: cannot be read as an image"),
+        (run_train, ["--net", "gateresnet56_c100"], "has 100 classes, not 2"),
+        (run_train, ["--dataset", "cifar10"], "--image_size 16"),
+        (run_train, ["--resume"], "last.pth: no such checkpoint"),
+        (run_train, ["--checkpoint", "good.pth"], "no optimiser to continue with"),
+        (run_train, ["--output", "images/train/cat/0.png"], "cannot be written"),
+    ]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(place):
+    for run, argv, message in bad_inputs(place):
+        before = snapshot(place)
+        with pytest.raises(InputError) as error:
+            run(*argv)
+        assert message in str(error.value), argv
+        assert "\n" not in str(error.value), argv
+        assert snapshot(place) == before, argv
+
+
+@pytest.mark.parametrize("script", ["train.py", "gfbs_cifar.py"])
+def test_scripts_leave_with_code_2_and_one_line(place, script):
+    command = [sys.executable, ROOT / script, *COMMON, "--data_dir", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [train, gfbs_cifar])
+def test_help_reads_like_documentation(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert script.__doc__.splitlines()[0] in shown
+    assert "(default: 0.1)" in shown or "(default: 0.01)" in shown
+    assert "None" not in shown

@@ -1,0 +1,175 @@
+"""Surgery: the masked network and the pruned one compute the same."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_batch, random_model, relative_difference
+from torch import nn
+
+from models import NETWORKS, Gate
+from models.resnet_cifar import PadShortcut
+from utils.pruning import PruningPlan, select_channels
+from utils.saliency import channel_saliency
+from utils.surgery import keep_inputs, keep_outputs, prune, prune_in_stages
+
+
+def random_plan(model, seed, share=None):
+    random.seed(seed)
+    keep = {}
+    for name, width in model.group_widths().items():
+        count = max(1, round(width * (random.random() if share is None else share)))
+        keep[name] = sorted(random.sample(range(width), count))
+    return PruningPlan(keep)
+
+
+def image_size(net):
+    return 32 if net.startswith("gatevgg") else 16
+
+
+@pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize("kind", ["p0.2", "p0.5", "p0.9", "random", "one channel"])
+def test_masked_equals_pruned(net, kind):
+    model = random_model(net).double()
+    images, labels = random_batch(4, image_size(net), dtype=torch.float64)
+    if kind.startswith("p"):
+        saliency = channel_saliency(model, images, labels)
+        plan = select_channels(model.channel_groups(), saliency, float(kind[1:]))
+    else:
+        plan = random_plan(model, seed=5, share=0 if kind == "one channel" else None)
+    masked = plan.apply_mask(copy.deepcopy(model))
+    pruned = prune(copy.deepcopy(model), plan)
+    assert {name: len(keep) for name, keep in plan.keep.items()} == pruned.group_widths()
+    for mode in (False, True):
+        masked.train(mode), pruned.train(mode)
+        with torch.no_grad():
+            difference = relative_difference(masked(images), pruned(images))
+        assert difference < 1e-10, mode
+
+    optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], 0.1)
+    before = copy.deepcopy(pruned.state_dict())
+    F.cross_entropy(pruned(images), labels).backward()
+    optimizer.step()
+    changed = {n for n, tensor in pruned.state_dict().items() if not torch.equal(before[n], tensor)}
+    assert f"{pruned.head}.bias" in changed
+    assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
+    assert not any(name.endswith("gate") for name in changed)
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+def test_pruning_twice_equals_pruning_once(net):
+    model = random_model(net).double().eval()
+    images, _ = random_batch(4, image_size(net), dtype=torch.float64)
+    once = prune(copy.deepcopy(model), random_plan(model, seed=1))
+    twice = prune(copy.deepcopy(once), random_plan(once, seed=2))
+    directly = prune(copy.deepcopy(model), PruningPlan(twice.kept))
+    assert torch.equal(twice(images), directly(images))
+    assert twice.kept == directly.kept
+    for name, tensor in twice.state_dict().items():
+        assert torch.equal(tensor, directly.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+def test_stages_together_are_the_whole_plan(net):
+    model = random_model(net)
+    plan = random_plan(model, seed=3)
+    untouched = list(plan.keep)[1]
+    plan.keep[untouched] = list(range(model.group_widths()[untouched]))
+    staged, cut = copy.deepcopy(model), []
+    for names in prune_in_stages(staged, plan):
+        cut += names
+        staged(random_batch(2)[0])  # the network runs after every stage
+    losing = {n for n, width in model.group_widths().items() if len(plan.keep[n]) < width}
+    assert sorted(cut) == sorted(losing)
+    whole = prune(copy.deepcopy(model), plan)
+    for name, tensor in whole.eval().state_dict().items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(tensor, staged.state_dict()[name]), name
+
+
+def test_residual_stages_are_blocks():
+    model = random_model("gateresnet20")
+    stages = model.pruning_stages()
+    assert len(stages) == 9
+    assert set(stages[0]) == {"gate1", "layer1.0.gate1"}
+    assert set(stages[3]) == {"layer2.0.gate1", "layer2.0.gate2"}
+
+
+def test_a_plan_that_does_not_fit_changes_nothing():
+    model = random_model("gateresnet20")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="gate1"):
+        prune(model, PruningPlan({"layer1.0.gate1": [0], "gate1": [99]}))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.kept == {}
+
+
+def test_slices_keep_every_attribute():
+    conv = nn.Conv2d(6, 8, 3, stride=2, padding=2, dilation=2, padding_mode="reflect")
+    conv.weight.requires_grad_(False)
+    weight, bias = conv.weight.clone(), conv.bias.clone()
+    keep_outputs(conv, torch.tensor([1, 4, 7]))
+    keep_inputs(conv, torch.tensor([0, 5]))
+    assert (conv.in_channels, conv.out_channels) == (2, 3)
+    assert (conv.stride, conv.dilation, conv.padding_mode) == ((2, 2), (2, 2), "reflect")
+    assert torch.equal(conv.weight, weight[[1, 4, 7]][:, [0, 5]]) and not conv.weight.requires_grad
+    assert torch.equal(conv.bias, bias[[1, 4, 7]]) and conv.bias.requires_grad
+    assert conv(torch.randn(1, 2, 9, 9)).shape[1] == 3
+
+    norm = nn.BatchNorm2d(8, eps=0.1, momentum=0.3)
+    norm.num_batches_tracked += 5
+    norm.running_mean.normal_()
+    mean = norm.running_mean.clone()
+    keep_outputs(norm, torch.tensor([0, 3]))
+    assert (norm.num_features, norm.eps, norm.momentum, norm.num_batches_tracked) == (
+        2,
+        0.1,
+        0.3,
+        5,
+    )
+    assert torch.equal(norm.running_mean, mean[[0, 3]])
+    assert set(norm.state_dict()) == set(nn.BatchNorm2d(2).state_dict())
+
+    gate = Gate(4)
+    keep_outputs(gate, torch.tensor([2]))
+    assert gate.gate.shape == (1, 1, 1, 1) and not gate.gate.requires_grad
+
+
+def test_depthwise_convolution_is_cut_once():
+    conv = nn.Conv2d(6, 6, 3, groups=6, bias=False)
+    weight = conv.weight.clone()
+    keep_outputs(conv, torch.tensor([0, 2, 5]))
+    assert (conv.in_channels, conv.out_channels, conv.groups) == (3, 3, 3)
+    assert torch.equal(conv.weight, weight[[0, 2, 5]])
+    with pytest.raises(ValueError, match="once"):
+        keep_inputs(conv, torch.tensor([0]))
+    with pytest.raises(ValueError, match="groups"):
+        keep_outputs(nn.Conv2d(6, 6, 3, groups=2), torch.tensor([0]))
+
+
+def test_padded_shortcut_maps_any_subsets():
+    shortcut = PadShortcut(4, 8, stride=2)
+    x = torch.randn(2, 4, 6, 6)
+    full = shortcut(x)
+    assert (
+        torch.equal(full[:, 2:6], x[:, :, ::2, ::2])
+        and not full[:, :2].any()
+        and not full[:, 6:].any()
+    )
+    keep_inputs(shortcut, torch.tensor([1, 3]))
+    keep_outputs(shortcut, torch.tensor([0, 2, 3, 5, 7]))
+    masked = torch.zeros_like(x)
+    masked[:, [1, 3]] = x[:, [1, 3]]
+    expected = PadShortcut(4, 8, stride=2)(masked)[:, [0, 2, 3, 5, 7]]
+    assert torch.equal(shortcut(x[:, [1, 3]]), expected)
+
+
+def test_unknown_layers_are_refused_by_type():
+    with pytest.raises(TypeError, match="LSTM"):
+        keep_outputs(nn.LSTM(3, 3), torch.tensor([0]))
+    with pytest.raises(TypeError, match="Identity"):
+        keep_inputs(nn.Identity(), torch.tensor([0]))
