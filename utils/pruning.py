@@ -44,8 +44,11 @@ class PruningPlan:
                     f"pruning plan: the indices of group {name} are not sorted, or not unique"
                 )
 
-    def check(self, widths: Mapping[str, int]) -> None:
-        """Raise ValueError, naming group and bound, unless the plan fits groups of these widths."""
+    def losses(self, widths: Mapping[str, int]) -> PruningPlan:
+        """The part of the plan that names the groups that lose channels, out of such widths.
+
+        Raises ValueError, naming group and bound, for a plan that does not fit them.
+        """
         for name, indices in self.keep.items():
             if name not in widths:
                 raise ValueError(f"pruning plan: the network has no channel group {name!r}")
@@ -53,18 +56,19 @@ class PruningPlan:
                 raise ValueError(
                     f"pruning plan: group {name} keeps channel {indices[-1]} of {widths[name]}"
                 )
+        losing = {name: keep for name, keep in self.keep.items() if len(keep) < widths[name]}
+        return PruningPlan(losing)
 
     def apply_mask(self, model: GatedModel) -> GatedModel:
         """Zero the gates of all channels that go, in place; the output is the pruned model's."""
-        self.check(model.group_widths())
+        losing = self.losses(model.group_widths())
         for group in model.channel_groups():
-            if group.name not in self.keep:
-                continue
-            for name in group.gates:
-                gate = model.get_submodule(name).gate
-                mask = torch.zeros_like(gate)
-                mask[:, self.keep[group.name]] = 1
-                gate.data.mul_(mask)
+            if group.name in losing.keep:
+                for name in group.gates:
+                    gate = model.get_submodule(name).gate
+                    mask = torch.zeros_like(gate)
+                    mask[:, losing.keep[group.name]] = 1
+                    gate.data.mul_(mask)
         return model
 
     def to_json(self) -> str:

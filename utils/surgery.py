@@ -27,7 +27,7 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
 
     Raises ValueError where the plan does not fit; the model is unchanged then.
     """
-    plan.check(model.group_widths())
+    plan = plan.losses(model.group_widths())
     device = next(model.parameters()).device
     for group in model.channel_groups():
         if group.name in plan.keep:
@@ -46,14 +46,9 @@ def prune_in_stages(model: GatedModel, plan: PruningPlan) -> Iterator[tuple[str,
     Yields the names of the groups that were just cut; a group that loses nothing is left out, and
     so is a stage of such.
     """
-    plan.check(model.group_widths())
+    plan = plan.losses(model.group_widths())
     for stage in model.pruning_stages():
-        widths = model.group_widths()
-        losing = {
-            name: plan.keep[name]
-            for name in stage
-            if len(plan.keep.get(name, ())) not in (0, widths[name])
-        }
+        losing = {name: plan.keep[name] for name in stage if name in plan.keep}
         if losing:
             prune(model, PruningPlan(losing))
             yield tuple(losing)
