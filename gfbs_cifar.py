@@ -19,24 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from utils import flags
-from utils.batches import scoring_indices, train_and_test_batches
+from utils.batches import train_and_test_batches
 from utils.cli import Parser, run_script
-from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     CIFAR_RECIPES,
+    Experiment,
     check_classes,
-    fine_tune,
-    fine_tune_in_stages,
     load_baseline,
     pruning_result,
 )
-from utils.finetune import evaluate
-from utils.pruning import select_channels
 from utils.report import result_table
 from utils.run import Run
-from utils.saliency import channel_saliency
 from utils.surgery import prune
 
 
@@ -56,61 +51,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu)
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, network, args.net)
-    data = load_data(args.dataset, args.data_dir, args.image_size).normalised_as(baseline.meta)
+    with runtime.main_first():
+        data = load_data(args.dataset, args.data_dir, args.image_size).normalised_as(baseline.meta)
     check_classes(baseline, data.classes, f"--dataset {args.dataset}")
     seed_everything(args.seed, args.deterministic)
 
-    config = {**flags.configuration(args), "baseline": baseline.digest}
     name = f"{network}/{flags.run_name(args)}"
     folder, logdir = Path(args.output) / name, Path(args.logdir) / name
-    with Run(folder, logdir, config, overwrite=args.overwrite) as run:
+    config = {**flags.configuration(args), "baseline": baseline.digest}
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
         train, test = train_and_test_batches(
-            data, args.bs, runtime.device, seed=args.seed,
+            data, args.bs, runtime, seed=args.seed,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
         )  # fmt: skip
-        model = baseline.model.to(runtime.device)
-        cost = model_cost(model, args.image_size)
-        before = evaluate(model, test, runtime)
-        run.log(f"baseline: {args.net} on {args.dataset}, {cost}, {before}; {runtime}")
-
-        scoring_batch = train.pick(
-            scoring_indices(len(data.train), args.score_images, args.score_seed)
-        )
-        saliency = channel_saliency(
-            model, *scoring_batch, criterion=args.criterion, w_beta=args.w_beta
-        )
-        plan = select_channels(
-            model.channel_groups(), saliency, args.p, min_channels=args.min_channels
-        )
-        run.save_plan(plan, saliency)
-
-        pruned = prune(copy.deepcopy(model), plan)
-        pruned_cost, after_surgery = (
-            model_cost(pruned, args.image_size),
-            evaluate(pruned, test, runtime),
-        )
         meta = data.metadata(args.dataset)
-        run.save("pruned.pth", pruned, **meta, accuracy=after_surgery.accuracy)
-        run.log(f"after surgery: {pruned_cost}, {after_surgery}")
-        result = pruning_result(args, model, plan, before, after_surgery, cost, pruned_cost)
+        experiment = Experiment(run, runtime, train, test, args.image_size, meta)
 
-        recipes = CIFAR_RECIPES.adapted(
-            args.epochs,
-            args.smooth_epochs,
-            args.final_epochs,
-            args.lr,
-            args.weight_decay,
-            args.cosine,
-        )
+        model = baseline.model.to(runtime.device)
+        before = experiment.measure(model)
+        run.log(f"baseline: {args.net} on {args.dataset}, {before}; {runtime}")
+
+        plan = experiment.choose_channels(model, args)
+        pruned = prune(copy.deepcopy(model), plan)
+        after = experiment.measure(pruned)
+        run.log(f"after surgery: {after}")
+        run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
+
+        recipes = flags.recipes(args, CIFAR_RECIPES)
         if args.smooth:
-            tracker = fine_tune_in_stages(model, plan, recipes, train, test, runtime, run, meta)
+            tracker = experiment.fine_tune_in_stages(model, plan, recipes)
         else:
-            tracker = fine_tune(pruned, recipes.one_shot, train, test, runtime, run, meta)
-        result["accuracy"] |= tracker.accuracies()
-        result["history"] = tracker.history_as_dicts()
+            tracker = experiment.fine_tune(pruned, recipes.one_shot)
+
+        result = pruning_result(args, before, after, tracker)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

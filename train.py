@@ -27,7 +27,7 @@ from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
-from utils.finetune import CIFAR_BASELINE, fit
+from utils.finetune import CIFAR_BASELINE, CIFAR_COSINE, fit
 from utils.run import Run, differences
 from utils.tracker import Tracker
 
@@ -44,12 +44,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu)
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     resumed = (
         load_last(args, Path(args.output) / network) if args.resume or args.checkpoint else None
     )
-    data = load_data(args.dataset, args.data_dir, args.image_size)
+    with runtime.main_first():
+        data = load_data(args.dataset, args.data_dir, args.image_size)
     seed_everything(args.seed, args.deterministic)
     try:
         model = build_model(args.net, len(data.classes))
@@ -57,15 +59,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--net {args.net} --dataset {args.dataset}: {error}") from None
 
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network
-    with Run(folder, logdir, flags.configuration(args), overwrite=args.overwrite) as run:
+    config = flags.configuration(args)
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
         train, test = train_and_test_batches(
-            data, args.bs, runtime.device, seed=args.seed,
+            data, args.bs, runtime, seed=args.seed,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
         )  # fmt: skip
         cost = model_cost(model, args.image_size)
         run.log(f"{args.net} on {args.dataset}: {len(data.train)} training images,"
                 f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
-        recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, args.cosine)
+        recipe = CIFAR_BASELINE.adapted(
+            args.epochs, args.lr, args.weight_decay, CIFAR_COSINE if args.cosine else None
+        )
         tracker = Tracker(run, model, recipe.epochs, data.metadata(args.dataset))
         training = None
         if resumed:

@@ -8,6 +8,7 @@ from functools import partial
 
 from models.gate import ChannelGroup, Gate, GatedModel
 from models.resnet_cifar import GateResNetCifar
+from models.resnet_imagenet import ResNetImageNet
 from models.vgg import GateVGG
 
 __all__ = ["ChannelGroup", "Gate", "GatedModel", "NETWORKS", "build_model", "check_network"]
@@ -16,6 +17,7 @@ __all__ = ["ChannelGroup", "Gate", "GatedModel", "NETWORKS", "build_model", "che
 NETWORKS: dict[str, Callable[..., GatedModel]] = {
     **{f"gatevgg{depth}": partial(GateVGG, depth) for depth in (11, 13, 16, 19)},
     **{f"gateresnet{depth}": partial(GateResNetCifar, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(ResNetImageNet, depth) for depth in (18, 34, 50, 101, 152)},
 }
 
 # The published names of two networks with 100 classes.

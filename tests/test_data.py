@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -130,7 +131,7 @@ def test_damaged_archive_is_named(tmp_path, monkeypatch):
 
 
 def batches(count=50, batch_size=16, **options):
-    return Batches(numbered_images(count), batch_size, CIFAR10_NORMALISATION, **options)
+    return Batches(numbered_images(count), batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
 
 def test_an_epoch_shows_every_image_once_in_another_order():

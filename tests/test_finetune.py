@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import CPU, random_model
 from torch.optim import SGD
 
 from utils.batches import Batches
@@ -16,16 +16,14 @@ from utils.data import CIFAR10_NORMALISATION, ImageSet
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.experiment import CIFAR_RECIPES
-from utils.finetune import CIFAR_BASELINE, Recipe, evaluate, fit
-
-CPU = Runtime(torch.device("cpu"))
+from utils.finetune import CIFAR_BASELINE, CIFAR_COSINE, Cosine, Recipe, evaluate, fit
 
 
 def small_batches(count=24, batch_size=8, **options):
     stream = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 8, 8), generator=stream, dtype=torch.uint8)
     data = ImageSet(images, torch.arange(count) % 10)
-    return Batches(data, batch_size, CIFAR10_NORMALISATION, **options)
+    return Batches(data, batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
 
 def rates(recipe):
@@ -70,12 +68,21 @@ def test_stage_lengths_keep_their_share():
 
 
 def test_cosine_warms_up_and_ends_at_zero():
-    recipe = CIFAR_BASELINE.adapted(45, lr=0.4, cosine=True)
+    recipe = CIFAR_BASELINE.adapted(45, lr=0.4, cosine=CIFAR_COSINE)
     seen = rates(recipe)
     assert seen[:5] == pytest.approx([0.4 * k / 6 for k in range(1, 6)])
     assert seen[5:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / 40)) for k in range(40)])
-    assert rates(CIFAR_BASELINE.adapted(1, cosine=True)) == [0.1]
-    assert len(rates(CIFAR_BASELINE.adapted(3, cosine=True))) == 3
+    for epochs in (1, 2, 3):
+        assert max(rates(CIFAR_BASELINE.adapted(epochs, cosine=CIFAR_COSINE))) <= 0.1
+
+
+def test_cosine_of_imagenet_warms_up_and_cools_down():
+    cosine = Cosine(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=10)
+    seen = rates(CIFAR_BASELINE.adapted(40, cosine=cosine))
+    assert seen[:5] == pytest.approx([1e-6 + k / 5 * (0.1 - 1e-6) for k in range(5)])
+    cosines = [(1 + math.cos(math.pi * k / 25)) / 2 for k in range(25)]
+    assert seen[5:30] == pytest.approx([1e-5 + (0.1 - 1e-5) * c for c in cosines])
+    assert seen[30:] == pytest.approx([1e-5] * 10)
 
 
 def test_fit_equals_a_plain_loop():
@@ -108,9 +115,9 @@ def test_no_epochs_change_nothing():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("cosine", [None, Cosine(warmup_epochs=2, cooldown_epochs=1)])
 def test_fit_continues_to_the_same_bits(tmp_path, cosine):
-    recipe = Recipe(4, 0.05, 1e-3, milestones=(2,), gamma=0.5, cosine=cosine, warmup=2)
+    recipe = Recipe(4, 0.05, 1e-3, milestones=(2,), gamma=0.5, cosine=cosine)
     model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
     states = []
 
@@ -173,7 +180,8 @@ def test_several_gpus_share_a_batch_through_dataparallel(monkeypatch):
     monkeypatch.setattr(torch.nn, "DataParallel", wrapper)
     model = random_model("gateresnet20")
     monkeypatch.setattr(model, "to", lambda device: model)
-    Runtime(torch.device("cuda", 1), (1, 3)).parallel(model)
-    assert made == [(model, [1, 3])]
-    assert Runtime(torch.device("cuda", 1), (1,)).parallel(model) is model
-    assert len(made) == 1
+    two = Runtime(torch.device("cuda", 1), (1, 3))
+    two.for_training(model), two.for_evaluation(model)
+    assert made == [(model, [1, 3])] * 2
+    assert Runtime(torch.device("cuda", 1), (1,)).for_training(model) is model
+    assert len(made) == 2

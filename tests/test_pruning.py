@@ -9,7 +9,7 @@ import torch
 from conftest import random_batch, random_model
 
 from models import ChannelGroup, Gate, build_model
-from utils.pruning import PruningPlan, pruned_share, select_channels
+from utils.pruning import PruningPlan, select_channels
 from utils.saliency import channel_saliency
 
 
@@ -59,8 +59,9 @@ def test_selection_equals_brute_force_on_real_scores():
     saliency = channel_saliency(model, *random_batch(32))
     plan = select_channels(model.channel_groups(), saliency, 0.6)
     assert plan.keep == brute_force(model, saliency, 0.6)
-    reached = pruned_share(model.channel_groups(), model.group_widths(), plan)
-    assert 0.6 - 16 / 688 - 64 * 3 / 688 < reached <= 0.6 + 1 / 688
+    gates = {group.name: len(group.gates) for group in model.channel_groups()}
+    kept = sum(gates[name] * len(channels) for name, channels in plan.keep.items())
+    assert 0.4 * 688 - 1 < kept <= 0.4 * 688 + 3 * 64  # the cut may move on past a stage's stream
 
 
 def groups_and_scores(widths, gates_of):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, random_model
+from conftest import CPU, random_batch, random_model
 from test_data import make_folder
 
 import gfbs_cifar
@@ -18,7 +18,6 @@ from utils.batches import Batches
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.cost import model_cost
 from utils.data import load_data
-from utils.distributed import Runtime
 from utils.errors import InputError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
@@ -86,14 +85,13 @@ def test_train_then_prune_with_no_step_by_hand(trained, capsys):
     assert torch.equal(by_hand(images), pruned(images))
 
     data = load_data("folder", "images", 16)
-    test = Batches(data.test, 100, data.normalisation)
-    runtime = Runtime(torch.device("cpu"))
+    test = Batches(data.test, 100, data.normalisation, CPU)
     accuracy = result["accuracy"]
     for key, network in (
         ("baseline", baseline), ("after_surgery", pruned),
         ("best", load_model(run / "model_best.pth")), ("last", load_model(run / "last.pth")),
     ):  # fmt: skip
-        assert accuracy[key] == pytest.approx(evaluate(network, test, runtime).accuracy), key
+        assert accuracy[key] == pytest.approx(evaluate(network, test, CPU).accuracy), key
     for name, network in (("before", baseline), ("after", pruned)):
         cost = model_cost(network, 16)
         assert result["cost"]["macs"][name] == cost.macs

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.data import ImageData, ImageSet, Normalisation
+from utils.distributed import Runtime
 
 TEST_BATCH = 500
 
@@ -21,19 +22,39 @@ def random_stream(*key: int) -> torch.Generator:
     )
 
 
+def split_batches(
+    order: Tensor, batch_size: int, *, training: bool, limit: int | None, rank: int, ranks: int
+) -> list[Tensor]:
+    """A rank's share of every batch of an epoch: image indices, in the given order.
+
+    The ranks together go through batches of ``batch_size``. In training all of them have equally
+    many images of a batch, and at least two where there is more than one batch (BatchNorm cannot
+    normalise a single one); the few images that are over at the end of an epoch are left out.
+    """
+    batches = list(order.split(batch_size))[:limit]
+    if training:
+        even = len(batches[-1]) // ranks * ranks
+        batches[-1] = batches[-1][:even]
+        if even < 2 * ranks and len(batches) > 1:
+            batches.pop()
+    shares = [batch[rank::ranks] for batch in batches]
+    return [share for share in shares if len(share)]
+
+
 class Batches:
     """An iterable over (normalised images, labels) on a device, epoch after epoch.
 
+    ``images`` is how many there are.
+
     With ``augment``, images are shuffled, padded by an eighth of their side (4 pixels at 32),
     cropped at random and flipped. Order and augmentation are pure functions of (seed, epoch) and of
-    (seed, epoch, image), so that a run can be continued anywhere. A last batch of a single image is
-    left out of training: BatchNorm cannot normalise it.
+    (seed, epoch, image), so that a run can be continued anywhere.
 
     Args:
         images: the images to go through.
-        batch_size: images in a batch; the last may be smaller.
+        batch_size: images in a batch of all ranks together; the last may be smaller.
         normalisation: applied on the device.
-        device: where batches are made.
+        runtime: where batches are made, and for which rank.
         augment: training order and augmentation, or file order and the plain image.
         seed: of the random streams.
         limit: at most this many batches an epoch.
@@ -44,31 +65,27 @@ class Batches:
         images: ImageSet,
         batch_size: int,
         normalisation: Normalisation,
-        device: torch.device | str = "cpu",
+        runtime: Runtime,
         *,
         augment: bool = False,
         seed: int = 0,
         limit: int | None = None,
     ):
-        self.labels = images.labels.to(device)
+        self.images = len(images)
+        self.labels = images.labels.to(runtime.device)
         self.size = images.images.shape[-1]
         self.padding = self.size // 8 if augment else 0
-        padded = F.pad(images.images.to(device), (self.padding,) * 4)
+        padded = F.pad(images.images.to(runtime.device), (self.padding,) * 4)
         # A view, (N, 3, 2p+1, 2p+1, S, S): every crop of every image, so that one index picks a
         # batch of crops.
         self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        self.batch_size, self.normalisation, self.augment, self.seed, self.limit = (
-            batch_size,
-            normalisation,
-            augment,
-            seed,
-            limit,
-        )
+        self.batch_size, self.normalisation, self.runtime = batch_size, normalisation, runtime
+        self.augment, self.seed, self.limit = augment, seed, limit
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw order and augmentation of an epoch."""
-        n, places = len(self.labels), 2 * self.padding + 1
+        n, places = self.images, 2 * self.padding + 1
         self.order = torch.arange(n)
         self.places = torch.zeros(n, 2, dtype=torch.long)
         self.flips = torch.zeros(n, dtype=torch.bool)
@@ -80,46 +97,39 @@ class Batches:
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        device = self.labels.device
+        device = self.runtime.device
         places, flips = self.places[indices].to(device), self.flips[indices].to(device)
         indices = indices.to(device)
         images = self.crops[indices, :, places[:, 0], places[:, 1]]
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
         return self.normalisation.apply(images), self.labels[indices]
 
-    def _batches(self) -> list[Tensor]:
-        batches = list(self.order.split(self.batch_size))
-        if self.augment and len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()
-        return batches[: self.limit]
+    def _shares(self) -> list[Tensor]:
+        return split_batches(
+            self.order, self.batch_size, training=self.augment, limit=self.limit,
+            rank=self.runtime.rank, ranks=self.runtime.world_size,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.pick, self._batches())
+        return map(self.pick, self._shares())
 
     def __len__(self) -> int:
-        return len(self._batches())
+        return len(self._shares())
 
 
 def train_and_test_batches(
     data: ImageData,
     batch_size: int,
-    device: torch.device | str,
+    runtime: Runtime,
     *,
     seed: int,
     limit_train: int | None = None,
     limit_test: int | None = None,
 ) -> tuple[Batches, Batches]:
-    """Augmented training batches, and test batches of the plain images in larger portions."""
-    train = Batches(
-        data.train,
-        batch_size,
-        data.normalisation,
-        device,
-        augment=True,
-        seed=seed,
-        limit=limit_train,
-    )
-    return train, Batches(data.test, TEST_BATCH, data.normalisation, device, limit=limit_test)
+    """Augmented training batches, and the plain test images in batches of ``TEST_BATCH``."""
+    of = data.normalisation, runtime
+    train = Batches(data.train, batch_size, *of, augment=True, seed=seed, limit=limit_train)
+    return train, Batches(data.test, TEST_BATCH, *of, limit=limit_test)
 
 
 def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:

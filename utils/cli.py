@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import check_network
+from utils.distributed import leave
 from utils.errors import InputError
 
 
@@ -57,6 +58,8 @@ def run_script(
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        leave()
     return 0
 
 

@@ -1,72 +1,172 @@
-"""Where a run computes: the CPU, an accelerator, or several. Only this file knows of wrappers."""
+"""Where a run computes: the CPU, one accelerator, several GPUs, or several processes.
+
+Only this file knows of ranks and of the wrappers around a model.
+"""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.gate import GatedModel
 from utils.errors import InputError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device that holds the model, and the GPUs that share every batch."""
+    """The device of this process, the GPUs that share its batches, and its place among the ranks.
+
+    Attributes:
+        device: holds the model.
+        gpus: with more than one, ``DataParallel`` splits every batch over them.
+        rank, world_size: of ``torchrun``; with more than one rank, every rank takes its share of
+            every batch and gradients are averaged (``DistributedDataParallel``).
+        sync_bn: BatchNorm takes its statistics from the batches of all ranks together.
+    """
 
     device: torch.device
     gpus: tuple[int, ...] = ()
+    rank: int = 0
+    world_size: int = 1
+    sync_bn: bool = False
 
-    def parallel(self, model: GatedModel) -> nn.Module:
-        """The model as it is run: on its device, in DataParallel where there are several GPUs."""
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, draws bars and scores channels."""
+        return self.rank == 0
+
+    def for_training(self, model: GatedModel) -> nn.Module:
+        """The model as it is trained; ``model`` itself stays bare and shares its weights."""
+        model.to(self.device)
+        if self.world_size > 1:
+            if self.sync_bn:
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, for all but the root
+            # Buffers are left alone here: ``sync_buffers`` sends rank 0's where they are read.
+            return DistributedDataParallel(model, broadcast_buffers=False)
+        return self.for_evaluation(model)
+
+    def for_evaluation(self, model: GatedModel) -> nn.Module:
+        """The model as it is evaluated: ranks do so on their own."""
         model.to(self.device)
         return nn.DataParallel(model, list(self.gpus)) if len(self.gpus) > 1 else model
 
+    def sync_buffers(self, model: GatedModel) -> None:
+        """Give every rank the buffers (BatchNorm's running statistics) of rank 0."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on rank 0; every rank gets the result, or raises the InputError."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except InputError as error:
+                outcome[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let rank 0 go through a block before the others, say to download what all will read."""
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main and self.world_size > 1:
+            dist.barrier()
+
+    def share(self, batch_size: int, flag: str) -> None:
+        """Raise InputError unless the ranks divide the batch."""
+        if batch_size % self.world_size:
+            raise InputError(
+                f"{flag} {batch_size} does not divide by the {self.world_size} ranks;"
+                f" use a multiple of {self.world_size}"
+            )
+
     def __str__(self) -> str:
-        if self.device.type == "cuda":
-            names = [f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in self.gpus]
-            return "GPU " + ", ".join(names)
-        return (
-            f"{self.device.type}, {torch.get_num_threads()} threads"
-            if self.device.type == "cpu"
-            else self.device.type
-        )
+        name = self.device.type
+        if name == "cuda":
+            name = (
+                f"GPU {', '.join(map(str, self.gpus))} ({torch.cuda.get_device_name(self.device)})"
+            )
+        elif name == "cpu":
+            name = f"CPU, {torch.get_num_threads()} threads"
+        return f"{self.world_size} ranks, each on {name}" if self.world_size > 1 else name
 
 
-def select_runtime(device: str = "auto", gpus: Sequence[int] | None = None) -> Runtime:
-    """Resolve ``--device`` and ``--gpu``.
+def select_runtime(
+    device: str = "auto", gpus: Sequence[int] | None = None, sync_bn: bool = False
+) -> Runtime:
+    """Resolve ``--device`` and ``--gpu``; join the other ranks where ``torchrun`` started this.
 
     Args:
         device: ``auto`` (CUDA, else MPS, else the CPU), ``cpu``, ``cuda`` or ``mps``.
-        gpus: CUDA ids that were asked for; by default all that are visible.
+        gpus: CUDA ids that were asked for; by default all that are visible. Under ``torchrun``
+            every rank takes one of them.
+        sync_bn: see ``Runtime``.
 
-    Raises InputError for a device or a GPU id that is not there.
+    Raises InputError for a device or a GPU id that is not there, and for ``sync_bn`` without GPUs.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if count or gpus else "mps" if mps else "cpu"
+        device = "cuda" if visible or gpus else "mps" if has_mps else "cpu"
     if gpus and device != "cuda":
         raise InputError(f"--gpu needs --device cuda, not {device}")
-    if device == "cuda":
-        absent = [gpu for gpu in gpus or () if gpu >= count]
-        if absent:
-            raise InputError(
-                f"--gpu {','.join(map(str, absent))}: torch sees {count} GPUs here;"
-                " leave the flag out to use what there is"
-            )
-        if not count:
-            raise InputError("--device cuda: no GPU is visible to torch; use --device cpu")
-        gpus = tuple(gpus or range(count))
-        return Runtime(torch.device("cuda", gpus[0]), gpus)
-    if device == "mps" and not mps:
+    absent = [gpu for gpu in gpus or () if gpu >= visible]
+    if absent:
+        raise InputError(
+            f"--gpu {','.join(map(str, absent))}: torch sees {visible} GPUs here;"
+            " leave the flag out to use what there is"
+        )
+    if device == "cuda" and not visible:
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
+    if device == "mps" and not has_mps:
         raise InputError("--device mps: not available on this machine; use --device cpu")
-    return Runtime(torch.device(device))
+    if sync_bn and device != "cuda":
+        raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
+
+    use = tuple(gpus or range(visible)) if device == "cuda" else ()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return Runtime(torch.device("cuda", use[0]) if use else torch.device(device), use)
+    local = int(os.environ["LOCAL_RANK"])
+    if use and local >= len(use):
+        raise InputError(f"torchrun started more ranks than there are GPUs ({len(use)}) to take")
+    here = torch.device("cuda", use[local]) if use else torch.device(device)
+    if use:
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if use else "gloo")
+    return Runtime(here, use[local : local + 1], dist.get_rank(), dist.get_world_size(), sync_bn)
+
+
+def leave() -> None:
+    """Take leave of the other ranks, where there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.gate import GatedModel
+from models.gate import Gate, GatedModel
+from utils.batches import scoring_indices
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.cost import Cost
+from utils.cost import Cost, model_cost
 from utils.distributed import Runtime
 from utils.errors import InputError
-from utils.finetune import Metrics, Recipe, fit
-from utils.pruning import PruningPlan, pruned_share
+from utils.finetune import Metrics, Recipe, evaluate, fit
+from utils.pruning import PruningPlan, select_channels
 from utils.run import Run
+from utils.saliency import channel_saliency
 from utils.surgery import prune_in_stages
 from utils.tracker import Tracker
 
@@ -83,77 +85,126 @@ def check_classes(baseline: Checkpoint, classes: Sequence[str], data: str) -> No
             )
 
 
-def fine_tune(
-    model: GatedModel,
-    recipe: Recipe,
-    train: Any,
-    test: Any,
-    runtime: Runtime,
-    run: Run,
-    meta: Mapping[str, Any],
-) -> Tracker:
-    """Fine-tune a pruned network, log every epoch, and keep the best and the last."""
-    tracker = Tracker(run, model, recipe.epochs, meta)
-    fit(model, train, test, recipe, runtime, on_epoch=tracker)
-    return tracker
+@dataclass(frozen=True)
+class Snapshot:
+    """A network as measured: accuracy, cost, and the width of every channel group."""
+
+    metrics: Metrics
+    cost: Cost
+    widths: dict[str, int]
+    gate_entries: int
+
+    def __str__(self) -> str:
+        return f"{self.cost}, {self.metrics}"
 
 
-def fine_tune_in_stages(
-    model: GatedModel,
-    plan: PruningPlan,
-    recipes: Recipes,
-    train: Any,
-    test: Any,
-    runtime: Runtime,
-    run: Run,
-    meta: Mapping[str, Any],
-) -> Tracker:
-    """``--smooth``: cut one stage of the plan out of the unpruned ``model``, fine-tune, and so on;
-    then fine-tune the whole.
+@dataclass(frozen=True)
+class Experiment:
+    """What every step of a pruning experiment needs.
 
-    Every stage has a fresh optimiser. Only the last one's checkpoints are kept: before it, the
-    network is not yet pruned.
+    Attributes:
+        run: where results go.
+        runtime: where it computes.
+        train, test: batches, as ``utils.batches.Batches``.
+        image_size: side in pixels, for the cost.
+        meta: metadata for every checkpoint.
     """
-    stages = sum(1 for _ in prune_in_stages(copy.deepcopy(model), plan))
-    tracker = Tracker(run, model, stages * recipes.stage.epochs + recipes.final.epochs, meta)
-    for i, names in enumerate(prune_in_stages(model, plan), start=1):
-        run.log(f"stage {i}/{stages}: cut {', '.join(names)}")
-        tracker.start_stage(recipes.stage.epochs, keep=False)
-        fit(model, train, test, recipes.stage, runtime, on_epoch=tracker, first_epoch=tracker.done)
-    run.log("everything is cut: final fine-tuning")
-    tracker.start_stage(recipes.final.epochs)
-    fit(model, train, test, recipes.final, runtime, on_epoch=tracker, first_epoch=tracker.done)
-    return tracker
+
+    run: Run
+    runtime: Runtime
+    train: Any
+    test: Any
+    image_size: int
+    meta: Mapping[str, Any]
+
+    def measure(self, model: GatedModel) -> Snapshot:
+        """Evaluate a network and count what it costs."""
+        metrics, cost = evaluate(model, self.test, self.runtime), model_cost(model, self.image_size)
+        gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
+        return Snapshot(metrics, cost, model.group_widths(), gates)
+
+    def choose_channels(self, model: GatedModel, args: argparse.Namespace) -> PruningPlan:
+        """Score all channels on one batch and select, as the flags say; rank 0 does so for all."""
+
+        def select() -> PruningPlan:
+            indices = scoring_indices(self.train.images, args.score_images, args.score_seed)
+            saliency = channel_saliency(
+                model, *self.train.pick(indices), criterion=args.criterion, w_beta=args.w_beta
+            )
+            self.run.log_saliency(saliency)
+            groups = model.channel_groups()
+            return select_channels(groups, saliency, args.p, min_channels=args.min_channels)
+
+        plan = self.runtime.on_main(select)
+        self.run.save_plan(plan)
+        return plan
+
+    def fine_tune(self, model: GatedModel, recipe: Recipe) -> Tracker:
+        """Fine-tune a pruned network, log every epoch, and keep the best and the last."""
+        tracker = Tracker(self.run, model, recipe.epochs, self.meta)
+        self._fit(model, recipe, tracker)
+        return tracker
+
+    def fine_tune_in_stages(
+        self, model: GatedModel, plan: PruningPlan, recipes: Recipes
+    ) -> Tracker:
+        """``--smooth``: cut a stage of the plan out of the whole ``model``, fine-tune, and so on.
+
+        Then fine-tune the whole. Every stage has a fresh optimiser. Only the last one's checkpoints
+        are kept: before it, the network is not yet pruned.
+        """
+        stages = sum(1 for _ in prune_in_stages(copy.deepcopy(model), plan))
+        total = stages * recipes.stage.epochs + recipes.final.epochs
+        tracker = Tracker(self.run, model, total, self.meta)
+        for i, names in enumerate(prune_in_stages(model, plan), start=1):
+            self.run.log(f"stage {i}/{stages}: cut {', '.join(names)}")
+            tracker.start_stage(recipes.stage.epochs, keep=False)
+            self._fit(model, recipes.stage, tracker)
+        self.run.log("everything is cut: final fine-tuning")
+        tracker.start_stage(recipes.final.epochs)
+        self._fit(model, recipes.final, tracker)
+        return tracker
+
+    def _fit(self, model: GatedModel, recipe: Recipe, tracker: Tracker) -> None:
+        fit(
+            model, self.train, self.test, recipe, self.runtime,
+            on_epoch=tracker, first_epoch=tracker.done,
+        )  # fmt: skip
 
 
 def pruning_result(
-    args: argparse.Namespace,
-    model: GatedModel,
-    plan: PruningPlan,
-    before: Metrics,
-    after_surgery: Metrics,
-    cost: Cost,
-    pruned_cost: Cost,
+    args: argparse.Namespace, before: Snapshot, after: Snapshot, tracker: Tracker
 ) -> dict[str, Any]:
-    """What is known right after surgery, as result.json says it; ``model`` is the one before."""
-    widths = model.group_widths()
-    kept = {name: len(plan.keep.get(name, range(width))) for name, width in widths.items()}
+    """What result.json says: before and right after surgery, and after fine-tuning."""
     return {
         "net": args.net,
         "dataset": args.dataset,
         "criterion": args.criterion,
         "smooth": args.smooth,
         "seed": args.seed,
-        "ratio": {"asked": args.p, "reached": pruned_share(model.channel_groups(), widths, plan)},
-        "accuracy": {"baseline": before.accuracy, "after_surgery": after_surgery.accuracy},
+        "ratio": {"asked": args.p, "reached": 1 - after.gate_entries / before.gate_entries},
+        "accuracy": {
+            "baseline": before.metrics.accuracy,
+            "after_surgery": after.metrics.accuracy,
+            **tracker.accuracies("accuracy"),
+        },
+        "top5": {
+            "baseline": before.metrics.top5,
+            "after_surgery": after.metrics.top5,
+            **tracker.accuracies("top5"),
+        },
         "cost": {
-            "macs": {"before": cost.macs, "after": pruned_cost.macs},
-            "params": {"before": cost.params, "after": pruned_cost.params},
+            "macs": {"before": before.cost.macs, "after": after.cost.macs},
+            "params": {"before": before.cost.params, "after": after.cost.params},
         },
         "channels": {
-            name: {"before": width, "after": kept[name]} for name, width in widths.items()
+            name: {"before": width, "after": after.widths[name]}
+            for name, width in before.widths.items()
         },
         "held_at_floor": [
-            name for name, width in widths.items() if kept[name] == args.min_channels < width
+            name
+            for name, width in before.widths.items()
+            if after.widths[name] == args.min_channels < width
         ],
+        "history": tracker.history_as_dicts(),
     }

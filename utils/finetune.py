@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
+    ConstantLR,
     CosineAnnealingLR,
     LinearLR,
     LRScheduler,
@@ -28,9 +29,38 @@ from utils.errors import InputError
 
 
 @dataclass(frozen=True)
+class Cosine:
+    """A linear rise, half a cosine down, and a rest at the bottom, all within a recipe's epochs.
+
+    Attributes:
+        warmup_epochs: length of the rise; at most half of all epochs are spent on it.
+        warmup_lr: where it begins; by default one step below the first step, so not quite at zero.
+        min_lr: where the cosine ends.
+        cooldown_epochs: length of the rest; at most half of what the rise leaves.
+    """
+
+    warmup_epochs: int = 0
+    warmup_lr: float | None = None
+    min_lr: float = 0.0
+    cooldown_epochs: int = 0
+
+    def scheduler(self, optimizer: Optimizer, epochs: int, lr: float) -> LRScheduler:
+        warmup = min(self.warmup_epochs, epochs // 2)
+        cooldown = min(self.cooldown_epochs, (epochs - warmup) // 2)
+        descent = max(1, epochs - warmup - cooldown)
+        start = lr / (warmup + 1) if self.warmup_lr is None else self.warmup_lr
+        phases = {
+            0: LinearLR(optimizer, start / lr, 1, warmup) if warmup else None,
+            warmup: CosineAnnealingLR(optimizer, descent, self.min_lr),
+            warmup + descent: ConstantLR(optimizer, self.min_lr / lr, epochs) if cooldown else None,
+        }
+        phases = {begin: phase for begin, phase in phases.items() if phase is not None}
+        return SequentialLR(optimizer, list(phases.values()), list(phases)[1:])
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum on the cross-entropy, and a learning rate that changes
-    between epochs.
+    """How to train: SGD with momentum on the cross-entropy, and a learning rate for every epoch.
 
     Attributes:
         epochs: length of the training.
@@ -38,9 +68,7 @@ class Recipe:
         weight_decay: L2 penalty on all parameters.
         milestones: epochs after which the learning rate is multiplied by ``gamma``.
         gamma: that factor.
-        cosine: instead of the milestones, ``warmup`` epochs of linear rise and a half cosine down
-            to zero.
-        warmup: at most half of the epochs are spent on it.
+        cosine: the schedule that takes the place of the milestones, if any.
     """
 
     epochs: int
@@ -49,15 +77,14 @@ class Recipe:
     milestones: tuple[int, ...]
     gamma: float
     momentum: float = 0.9
-    cosine: bool = False
-    warmup: int = 5
+    cosine: Cosine | None = None
 
     def adapted(
         self,
         epochs: int,
         lr: float | None = None,
         weight_decay: float | None = None,
-        cosine: bool = False,
+        cosine: Cosine | None = None,
     ) -> Recipe:
         """The recipe in another number of epochs, with what the command line asks for.
 
@@ -78,16 +105,13 @@ class Recipe:
 
     def scheduler(self, optimizer: Optimizer) -> LRScheduler:
         """The schedule, to be stepped once after every epoch."""
-        if not self.cosine:
-            return MultiStepLR(optimizer, self.milestones, self.gamma)
-        warmup = min(self.warmup, self.epochs // 2)
-        cosine = CosineAnnealingLR(optimizer, max(1, self.epochs - warmup))
-        if not warmup:
-            return cosine
-        return SequentialLR(
-            optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1, warmup), cosine], [warmup]
-        )
+        if self.cosine:
+            return self.cosine.scheduler(optimizer, self.epochs, self.lr)
+        return MultiStepLR(optimizer, self.milestones, self.gamma)
 
+
+# --cosine of the CIFAR scripts.
+CIFAR_COSINE = Cosine(warmup_epochs=5)
 
 # The published recipe for unpruned networks on CIFAR; those for pruned ones are in
 # utils/experiment.py.
@@ -96,14 +120,15 @@ CIFAR_BASELINE = Recipe(epochs=160, lr=0.1, weight_decay=1e-4, milestones=(60, 1
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean cross-entropy and top-1 accuracy (per cent) over ``images`` images."""
+    """Mean cross-entropy, top-1 and top-5 accuracy (per cent) over ``images`` images."""
 
     loss: float
     accuracy: float
+    top5: float
     images: int
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.2f} % of {self.images} test images right, loss {self.loss:.3f}"
+        return f"{self.accuracy:.2f} % of {self.images} images right, loss {self.loss:.3f}"
 
 
 @dataclass(frozen=True)
@@ -129,35 +154,41 @@ class Epoch:
 class _Tally:
     """Sums of loss and hits, kept on the device so that no batch waits for a transfer."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(
-            2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device
-        )
+    def __init__(self, runtime: Runtime):
+        exact = torch.float32 if runtime.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(3, dtype=exact, device=runtime.device)
         self.images = 0
 
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
-        hits = (logits.argmax(1) == labels).sum()
-        self.sums += torch.stack([mean_loss.detach() * len(labels), hits])
+        best = logits.detach().topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = mean_loss.detach() * len(labels)
+        self.sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         self.images += len(labels)
 
-    def metrics(self) -> Metrics:
-        loss, hits = (self.sums / max(self.images, 1)).tolist()
-        return Metrics(loss, 100 * hits, self.images)
+    def metrics(self, runtime: Runtime | None = None) -> Metrics:
+        """Of this process, or of all ranks of a runtime."""
+        sums = torch.cat([self.sums, self.sums.new_tensor([self.images])])
+        loss, top1, top5, images = (runtime.sum(sums) if runtime else sums).tolist()
+        count = max(images, 1)
+        return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
 
 
-def evaluate(
-    model: GatedModel, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
-) -> Metrics:
-    """Loss and accuracy of ``model`` in eval mode; its mode is restored."""
-    network, was_training = runtime.parallel(model), model.training
-    tally = _Tally(runtime.device)
+def evaluate(model: GatedModel, batches: Any, runtime: Runtime) -> Metrics:
+    """Loss and accuracy of ``model`` in eval mode, over all ranks' batches; its mode is restored.
+
+    Running statistics are those of rank 0, on every rank from here on.
+    """
+    runtime.sync_buffers(model)
+    network, was_training = runtime.for_evaluation(model), model.training
+    tally = _Tally(runtime)
     model.eval()
     with torch.inference_mode():
-        for images, labels in _bar(batches, "evaluate", tally):
+        for images, labels in _bar(batches, "evaluate", tally, runtime):
             logits = network(images)
             tally.add(logits, labels, F.cross_entropy(logits, labels))
     model.train(was_training)
-    return tally.metrics()
+    return tally.metrics(runtime)
 
 
 def fit(
@@ -185,7 +216,7 @@ def fit(
 
     Returns what every epoch did. Raises InputError when the loss is not finite any more.
     """
-    network = runtime.parallel(model)
+    network = runtime.for_training(model)
     optimizer = recipe.optimizer(model)
     scheduler = recipe.scheduler(optimizer)
     start = 0
@@ -224,31 +255,30 @@ def _train_epoch(
     network: nn.Module, batches: Any, optimizer: Optimizer, runtime: Runtime, title: str
 ) -> Metrics:
     network.train()
-    tally = _Tally(runtime.device)
-    for images, labels in _bar(batches, title, tally):
+    tally = _Tally(runtime)
+    for images, labels in _bar(batches, title, tally, runtime):
         logits = network(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         tally.add(logits, labels, loss)
-    return tally.metrics()
+    return tally.metrics(runtime)
 
 
-def _bar(batches: Sequence, title: str, tally: _Tally) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches behind a progress bar, where there is a terminal to draw it on."""
-    if not sys.stderr.isatty():
+def _bar(
+    batches: Any, title: str, tally: _Tally, runtime: Runtime
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches, behind a progress bar where there is a terminal to draw it on."""
+    if not (runtime.is_main and sys.stderr.isatty()):
         yield from batches
         return
-    with tqdm(
-        batches, title, leave=False, dynamic_ncols=True, unit="batch", mininterval=0.5
-    ) as bar:
-        for i, (images, labels) in enumerate(bar):
-            yield images, labels
+    with tqdm(batches, title, leave=False, dynamic_ncols=True, mininterval=0.5) as bar:
+        for i, batch in enumerate(bar):
+            yield batch
             if i % 10 == 0:  # reading the sums waits for the device
-                seen = tally.metrics()
-                rate = tally.images / max(bar.format_dict["elapsed"], 1e-9)
+                seen, seconds = tally.metrics(), bar.format_dict["elapsed"]
+                speed = runtime.world_size * seen.images / max(seconds, 1e-9)
                 bar.set_postfix_str(
-                    f"loss {seen.loss:.3f}, accuracy {seen.accuracy:.1f} %, {rate:.0f} images/s",
-                    refresh=False,
+                    f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s", False
                 )

@@ -9,7 +9,7 @@ from models import ALIASES, NETWORKS
 from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, weight
 from utils.data import DATASETS
 from utils.experiment import Recipes
-from utils.finetune import Recipe
+from utils.finetune import CIFAR_COSINE, Recipe
 from utils.saliency import CRITERIA
 
 # One flag reads best on one line, or on one and its help text.
@@ -91,6 +91,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--gpu", type=gpu_ids, metavar="IDS",
         help="GPUs that share every batch, such as 0,1 (default: all that are visible)")
+    add("--sync_bn", action="store_true",
+        help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
     add("--logdir", default="./runs", metavar="DIR", help="where TensorBoard files go")
     add("--overwrite", action="store_true",
@@ -128,6 +130,14 @@ NO_CONFIGURATION = {
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that make an experiment what it is."""
     return {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+
+
+def recipes(args: argparse.Namespace, published: Recipes) -> Recipes:
+    """The published recipes with what the command line asks for."""
+    cosine = CIFAR_COSINE if args.cosine else None
+    return published.adapted(
+        args.epochs, args.smooth_epochs, args.final_epochs, args.lr, args.weight_decay, cosine
+    )
 
 
 def run_name(args: argparse.Namespace) -> str:

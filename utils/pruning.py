@@ -178,15 +178,3 @@ def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
 def _descending(scores: Tensor) -> Tensor:
     """Indices from the highest score to the lowest; of equal scores the later comes first."""
     return scores.sort(stable=True).indices.flip(0)
-
-
-def pruned_share(
-    groups: Sequence[ChannelGroup], widths: Mapping[str, int], plan: PruningPlan
-) -> float:
-    """The ratio reached: the share of the gate entries of such groups that the plan removes."""
-    total = sum(len(group.gates) * widths[group.name] for group in groups)
-    kept = sum(
-        len(group.gates) * len(plan.keep.get(group.name, range(widths[group.name])))
-        for group in groups
-    )
-    return 1 - kept / total

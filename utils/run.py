@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.gate import GatedModel
 from utils.checkpoint import save_checkpoint
+from utils.distributed import Runtime
 from utils.errors import InputError
 from utils.files import write_json, write_text
 from utils.finetune import Epoch
@@ -29,35 +30,46 @@ RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json
 class Run:
     """Everything a run writes goes through here; no other experiment is written over.
 
+    Of several ranks only rank 0 writes; on the others all methods do nothing.
+
     Args:
         folder: of checkpoints and results, made on demand.
         logdir: of TensorBoard files.
         config: what makes the experiment what it is; another one in the same folder is refused.
-        overwrite: replace it instead.
+        runtime: which rank this is.
+        overwrite: replace another experiment instead.
 
-    Raises InputError for a folder that holds another experiment, with what differs, or that cannot
-    be written.
+    Raises InputError, on every rank, for a folder that holds another experiment, with what differs,
+    or that cannot be written.
     """
 
     def __init__(
-        self, folder: Path, logdir: Path, config: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        folder: Path,
+        logdir: Path,
+        config: Mapping[str, Any],
+        runtime: Runtime,
+        *,
+        overwrite: bool = False,
     ):
-        self.folder = folder
+        self.folder, self.config, self.writes = folder, dict(config), runtime.is_main
         self.began = time.perf_counter()
-        self.config = dict(config)
+        runtime.on_main(lambda: self._open(logdir, overwrite))
+
+    def _open(self, logdir: Path, overwrite: bool) -> None:
         changed = self._another_experiment()
         if changed and not overwrite:
             raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if changed:
                 for name in (*RESULTS, "log.txt"):
-                    (folder / name).unlink(missing_ok=True)
-            write_json(folder / "config.json", self.config)
-            self._log = (folder / "log.txt").open("a", encoding="utf-8")
+                    (self.folder / name).unlink(missing_ok=True)
+            write_json(self.folder / "config.json", self.config)
+            self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
             self.board = SummaryWriter(str(logdir))
         except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error}); see --output") from error
+            raise InputError(f"{self.folder}: cannot be written ({error}); see --output") from error
 
     def _another_experiment(self) -> str:
         """What is in the folder and why it is not this experiment; empty where it may go on."""
@@ -76,21 +88,25 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()
-        self._log.close()
+        if self.writes:
+            self.board.close()
+            self._log.close()
 
     def log(self, text: str) -> None:
         """Print, and keep in log.txt."""
-        print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        if self.writes:
+            print(text, flush=True)
+            self._log.write(text + "\n")
+            self._log.flush()
 
     def log_epoch(self, epoch: Epoch, epochs: int, step: int, seconds_left: float) -> None:
         """One line, and TensorBoard scalars at ``step``, the epochs since the run began."""
+        if not self.writes:
+            return
         self.log(
             f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}"
-            f"  train loss {epoch.train.loss:.4f} {epoch.train.accuracy:.2f} %"
-            f"  test loss {epoch.test.loss:.4f} {epoch.test.accuracy:.2f} %"
+            f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
+            f"  test {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
             f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
         for part, metrics in (("train", epoch.train), ("test", epoch.test)):
@@ -99,17 +115,20 @@ class Run:
         self.board.add_scalar("lr", epoch.lr, step)
         self.board.add_scalar("images_per_second", epoch.images_per_second, step)
 
-    def save(self, name: str, model: GatedModel, **meta: Any) -> Path:
-        """Save a checkpoint of the bare model into the folder."""
-        path = self.folder / name
-        save_checkpoint(path, model, config=self.config, **meta)
-        return path
-
-    def save_plan(self, plan: PruningPlan, saliency: Mapping[str, Tensor]) -> None:
-        """plan.json, and a TensorBoard histogram of every group's scores."""
-        write_text(self.folder / "plan.json", plan.to_json())
-        for name, scores in saliency.items():
+    def log_saliency(self, saliency: Mapping[str, Tensor]) -> None:
+        """A TensorBoard histogram of every group's scores."""
+        for name, scores in saliency.items() if self.writes else ():
             self.board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+
+    def save_plan(self, plan: PruningPlan) -> None:
+        """Write plan.json."""
+        if self.writes:
+            write_text(self.folder / "plan.json", plan.to_json())
+
+    def save(self, name: str, model: GatedModel, **meta: Any) -> None:
+        """Write a checkpoint of the bare model into the folder."""
+        if self.writes:
+            save_checkpoint(self.folder / name, model, config=self.config, **meta)
 
     def save_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json: the result, and what it takes to get it again."""
@@ -120,10 +139,9 @@ class Run:
             "versions": versions(),
             "wall_time_seconds": round(time.perf_counter() - self.began, 1),
         }
-        write_json(self.folder / "result.json", record)
-        self.log(
-            f"took {format_seconds(record['wall_time_seconds'])}; everything is in {self.folder}"
-        )
+        if self.writes:
+            write_json(self.folder / "result.json", record)
+        self.log(f"took {format_seconds(record['wall_time_seconds'])}; results in {self.folder}")
         return record
 
 

@@ -12,6 +12,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # BatchNorm2d and SyncBatchNorm
 
 from models.gate import Gate, GatedModel
 from models.resnet_cifar import PadShortcut
@@ -106,7 +107,7 @@ def _(conv: nn.Conv2d, keep: Tensor) -> None:
 
 
 @keep_outputs.register
-def _(norm: nn.BatchNorm2d, keep: Tensor) -> None:
+def _(norm: _BatchNorm, keep: Tensor) -> None:
     _slice(norm, ("weight", "bias", "running_mean", "running_var"), 0, keep)
     norm.num_features = len(keep)
 

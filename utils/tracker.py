@@ -73,10 +73,10 @@ class Tracker:
     def history_as_dicts(self) -> list[dict[str, Any]]:
         return [epoch.as_dict() for epoch in self.history]
 
-    def accuracies(self) -> dict[str, Any]:
-        """Test accuracy of the last epoch, and of the best with its number; None without any."""
+    def accuracies(self, kind: str = "accuracy") -> dict[str, Any]:
+        """``accuracy`` or ``top5`` on the test set, of the last epoch and of the best; or None."""
         return {
-            "last": self.last and self.last.test.accuracy,
-            "best": self.best and self.best.test.accuracy,
+            "last": self.last and getattr(self.last.test, kind),
+            "best": self.best and getattr(self.best.test, kind),
             "best_epoch": self.best and self.best.number,
         }

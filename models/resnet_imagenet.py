@@ -1,0 +1,92 @@
+"""Gated ResNets for ImageNet: torchvision's topology and names (v1.5, stride in the 3x3)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gate import Gate, init_he_normal
+from models.residual import ResidualBlock, ResidualModel
+
+# Depth -> whether the blocks are bottlenecks, and how many each of the four stages has.
+LAYOUTS = {
+    18: (False, (2, 2, 2, 2)),
+    34: (False, (3, 4, 6, 3)),
+    50: (True, (3, 4, 6, 3)),
+    101: (True, (3, 4, 23, 3)),
+    152: (True, (3, 8, 36, 3)),
+}
+
+
+class Block(ResidualBlock):
+    """Two 3x3 convolutions, or (bottleneck) 1x1, 3x3 and 1x1 with four times the width at the end.
+
+    ``downsample`` is None where the shortcut is the identity.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool):
+        super().__init__()
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+        out_channels = 4 * width if bottleneck else width
+        widths = (in_channels, *[width] * (len(kernels) - 1), out_channels)
+        strided = kernels.index(3) + 1  # the convolution that carries the stride
+        self.depth = len(kernels)
+        for k, kernel in enumerate(kernels, start=1):
+            conv = nn.Conv2d(
+                widths[k - 1], widths[k], kernel,
+                stride=stride if k == strided else 1, padding=kernel // 2, bias=False,
+            )  # fmt: skip
+            self.add_module(f"conv{k}", conv)
+            self.add_module(f"bn{k}", nn.BatchNorm2d(widths[k]))
+            self.add_module(f"gate{k}", Gate(widths[k]))
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        if self.depth == 3:
+            out = F.relu(self.gate2(self.bn2(self.conv2(out))))
+            out, last = self.bn3(self.conv3(out)), self.gate3
+        else:
+            out, last = self.bn2(self.conv2(out)), self.gate2
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(last(out + shortcut))
+
+    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
+        if self.downsample is None:
+            return None
+        return ["downsample.0"], ["downsample.0", "downsample.1"]
+
+
+class ResNetImageNet(ResidualModel):
+    """ResNet-18 to -152 with gates.
+
+    Shape: (B, 3, H, W) -> (B, num_classes)
+    """
+
+    head = "fc"
+
+    def __init__(self, depth: int, num_classes: int = 1000):
+        super().__init__(num_classes)
+        bottleneck, blocks = LAYOUTS[depth]
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.gate1 = Gate(64)
+        channels = 64
+        for s, count in enumerate(blocks):
+            stage = []
+            for b in range(count):
+                stride = 2 if s > 0 and b == 0 else 1
+                stage.append(Block(channels, 64 * 2**s, stride, bottleneck))
+                channels = 64 * 2**s * (4 if bottleneck else 1)
+            self.add_module(f"layer{s + 1}", nn.Sequential(*stage))
+        self.fc = nn.Linear(channels, num_classes)
+        init_he_normal(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
