@@ -26,10 +26,11 @@ from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     CIFAR_RECIPES,
     Experiment,
-    check_classes,
+    check_data,
     load_baseline,
     pruning_result,
 )
+from utils.finetune import CIFAR_COSINE
 from utils.report import result_table
 from utils.run import Run
 from utils.surgery import prune
@@ -37,14 +38,17 @@ from utils.surgery import prune
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    flags.add_network_flag(parser, "gatevgg16")
+    flags.add_network_flag(parser)
     flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.7, score_images=200)
     flags.add_data_flags(parser)
     flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
+    flags.add_cifar_training_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
     flags.add_run_flags(parser)
     args = parser.parse_args(argv)
+    flags.check_alias(parser, args)
+    flags.check_stages(parser, args)
     flags.resolve_criterion(parser, args)
     return args
 
@@ -57,12 +61,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     baseline = load_baseline(args.checkpoint or args.output, network, args.net)
     with runtime.main_first():
         data = load_data(args.dataset, args.data_dir, args.image_size).normalised_as(baseline.meta)
-    check_classes(baseline, data.classes, f"--dataset {args.dataset}")
+    check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
+    recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
     seed_everything(args.seed, args.deterministic)
 
     name = f"{network}/{flags.run_name(args)}"
     folder, logdir = Path(args.output) / name, Path(args.logdir) / name
-    config = {**flags.configuration(args), "baseline": baseline.digest}
+    config = flags.configuration(args, data.classes, baseline.digest)
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
         train, test = train_and_test_batches(
             data, args.bs, runtime, seed=args.seed,
@@ -81,13 +86,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         run.log(f"after surgery: {after}")
         run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
 
-        recipes = flags.recipes(args, CIFAR_RECIPES)
         if args.smooth:
             tracker = experiment.fine_tune_in_stages(model, plan, recipes)
         else:
             tracker = experiment.fine_tune(pruned, recipes.one_shot)
 
-        result = pruning_result(args, before, after, tracker)
+        result = pruning_result(args, plan, before, after, tracker)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from models.gate import ChannelGroup, Gate, GatedModel
@@ -24,9 +24,12 @@ NETWORKS: dict[str, Callable[..., GatedModel]] = {
 ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("gateresnet56", 100)}
 
 
-def check_network(net: str) -> str:
-    """Return ``net`` if it is a known name; ValueError with the nearest names otherwise."""
-    known = [*NETWORKS, *ALIASES]
+def check_network(net: str, known: Sequence[str] | None = None) -> str:
+    """Return ``net`` if it is among ``known`` names (by default all there are).
+
+    Raises ValueError with the nearest names otherwise.
+    """
+    known = [*NETWORKS, *ALIASES] if known is None else known
     if net not in known:
         near = difflib.get_close_matches(net, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"

@@ -138,6 +138,16 @@ class GatedModel(nn.Module):
             for group in self.channel_groups()
         }
 
+    def replace_head(self, num_classes: int) -> None:
+        """Put a freshly initialised classifier for ``num_classes`` in the place of the present."""
+        old = self.get_submodule(self.head)
+        setattr(self, self.head, nn.Linear(old.in_features, num_classes))
+        self.num_classes = num_classes
+
+    def checkpoint_blocks(self) -> list[nn.Module]:
+        """Modules whose activations can be computed again on the way back, to save memory."""
+        return []
+
     def pruning_stages(self) -> list[tuple[str, ...]]:
         """Names of the groups that ``--smooth`` cuts together before it fine-tunes: one a stage.
 

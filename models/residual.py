@@ -60,6 +60,9 @@ class ResidualModel(GatedModel):
         stream.readers.append(self.head)
         yield stream.group()
 
+    def checkpoint_blocks(self) -> list[nn.Module]:
+        return list(self._blocks().values())
+
     def pruning_stages(self) -> list[tuple[str, ...]]:
         """One stage per block: its inner channels and, with the first block that adds to a stream,
         the whole stream.

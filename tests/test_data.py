@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from utils.batches import Batches, scoring_indices
-from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data
+from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data, read_image
 from utils.errors import InputError
 
 
@@ -83,6 +83,22 @@ def test_unreadable_image_is_named(tmp_path, damage):
     victim.write_bytes(content)
     with pytest.raises(InputError, match=r"dog/3\.png: cannot be read"):
         load_data("folder", tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "RGB", "I;16"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        Image.fromarray(np.full((10, 20), 40 << 8, np.uint16)).save(path)
+    else:
+        Image.new("RGB", (20, 10), (200, 60, 60)).convert(mode).save(path)
+    pixels = np.asarray(read_image(str(path))).astype(int)
+    assert pixels.shape == (10, 20, 3)
+    if mode in ("L", "I;16"):
+        grey = 40 if mode == "I;16" else 102
+        assert (abs(pixels - grey) <= 1).all()
+    else:
+        assert abs(pixels[0, 0] - (200, 60, 60)).max() < 12
 
 
 def fake_cifar(tmp_path, monkeypatch):

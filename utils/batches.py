@@ -13,6 +13,7 @@ from utils.data import ImageData, ImageSet, Normalisation
 from utils.distributed import Runtime
 
 TEST_BATCH = 500
+SCORING = 2**32 - 1  # in the place of an epoch, in the key of a random stream
 
 
 def random_stream(*key: int) -> torch.Generator:
@@ -28,14 +29,14 @@ def split_batches(
     """A rank's share of every batch of an epoch: image indices, in the given order.
 
     The ranks together go through batches of ``batch_size``. In training all of them have equally
-    many images of a batch, and at least two where there is more than one batch (BatchNorm cannot
-    normalise a single one); the few images that are over at the end of an epoch are left out.
+    many images of a batch, and a last batch has at least two for each (a single image is no batch
+    to BatchNorm); the few images that are over at the end of an epoch are left out.
     """
     batches = list(order.split(batch_size))[:limit]
     if training:
         even = len(batches[-1]) // ranks * ranks
         batches[-1] = batches[-1][:even]
-        if even < 2 * ranks and len(batches) > 1:
+        if even < min(2 * ranks, batch_size) and len(batches) > 1:
             batches.pop()
     shares = [batch[rank::ranks] for batch in batches]
     return [share for share in shares if len(share)]
@@ -140,6 +141,6 @@ def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
     others at random.
     """
     if seed is not None:
-        return torch.randperm(n, generator=random_stream(seed))[:count]
+        return torch.randperm(n, generator=random_stream(seed, SCORING))[:count]
     start = max(0, min(n - n // 10, n - count))
     return torch.arange(start, min(start + count, n))

@@ -15,6 +15,7 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -76,42 +77,66 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
     another network.
     """
     path = Path(path)
+    content = _read(path)
+    try:
+        if isinstance(content, Mapping) and "format" in content:
+            return _load_ours(content, net)
+        return _load_foreign(content, net)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        kind = type(error).__name__
+        raise InputError(
+            f"{path}: damaged, or not made by this project ({kind}: {error})"
+        ) from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file, out of its wrapper and without ``module.``; InputError if none."""
+    try:
+        return _unwrap(_read(Path(path)))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(
             f"{path}: no such checkpoint; make one with train.py, or name another with --checkpoint"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{path}: not a checkpoint that can be loaded safely ({reason})"
-        ) from error
-    try:
-        if isinstance(content, Mapping) and "format" in content:
-            return _load_ours(content, net)
-        return _load_foreign(content, net)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: {reason}") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it is damaged, or holds other things than tensors and plain values"
+        raise InputError(f"{path}: cannot be loaded safely: {reason}") from error
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from error
 
 
 def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     if content["format"] != FORMAT:
-        raise ValueError(
-            f"a checkpoint of format {content['format']!r}; this version reads {FORMAT!r}"
-        )
+        raise InputError(f"of format {content['format']!r}; this version reads {FORMAT!r}")
     network = content["network"]
     _check_expected(network["net"], net)
     model = _build(network["net"], network["num_classes"])
     prune(model, PruningPlan(network["kept"]))
     _load_state(model, content["state_dict"])
-    return Checkpoint(
-        model, {k: v for k, v in content.items() if k not in ("format", "network", "state_dict")}
-    )
+    about_itself = ("format", "network", "state_dict")
+    return Checkpoint(model, {k: v for k, v in content.items() if k not in about_itself})
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
+    state = _unwrap(content)
+    found, num_classes = infer_network(state)
+    _check_expected(found, net)
+    model = _build(found, num_classes)
+    _load_state(model, {**_optional(model.state_dict()), **state})
+    said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
+    meta = {name: value for name, value in said.items() if isinstance(value, (int, float))}
+    return Checkpoint(model, meta)
+
+
+def _unwrap(content: Any) -> dict[str, Tensor]:
     state = content
     for wrapper in ("net", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -120,58 +145,45 @@ def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     if (
         not isinstance(state, Mapping)
         or not state
-        or not all(isinstance(v, Tensor) for v in state.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     ):
-        raise ValueError(
-            "holds no state dict, neither bare nor under 'net', 'state_dict' or 'model'"
-        )
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    found, num_classes = infer_network(state)
-    _check_expected(found, net)
-    model = _build(found, num_classes)
-    gates = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".gate")}
-    _load_state(model, {**gates, **state})
-    said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
-    meta = {name: value for name, value in said.items() if isinstance(value, (int, float))}
-    return Checkpoint(model, meta)
+        raise InputError("no state dict, neither bare nor in 'net', 'state_dict' or 'model'")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _optional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What files of others may lack: gates, and a counter that older versions of torch had not."""
+    return {k: v for k, v in state.items() if k.endswith((".gate", ".num_batches_tracked"))}
 
 
 def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Registry name and number of classes of the unpruned network that a state dict (with or
-    without gates) fits.
+    """Registry name and number of classes of the unpruned network that a state dict fits.
 
-    Raises ValueError where none does, and for a network whose layers are narrower than they should
-    be.
+    Raises InputError where none does, with the nearest network and what is odd about the file.
     """
-    weights = {name for name in state if not name.endswith(".gate")}
-    narrower = None
-    for net in NETWORKS:
+    given = state.keys() - _optional(state).keys()
+    nearest: tuple[int, str] = (len(state) + 1, "")
+    for net, factory in NETWORKS.items():
+        head = state.get(f"{factory.func.head}.weight")
+        if head is None or head.dim() != 2:
+            continue
         with torch.device("meta"):
-            model = build_model(net)
-            head = state.get(f"{model.head}.weight")
-            if head is None or head.dim() != 2:
-                continue
-            model = build_model(net, len(head))
-        expected = {
-            name: tensor.shape
-            for name, tensor in model.state_dict().items()
-            if not name.endswith(".gate")
-        }
-        if weights == expected.keys():
-            if all(state[name].shape == shape for name, shape in expected.items()):
-                return net, len(head)
-            narrower = net
-    if narrower:
-        raise ValueError(
-            f"has the layers of {narrower} in other widths: a pruned network, which cannot be"
-            " rebuilt without its plan; prune the unpruned checkpoint again"
-        )
-    raise ValueError(f"the layers fit none of the networks {', '.join(NETWORKS)}")
+            expected = build_model(net, len(head)).state_dict()
+        odd = sorted(given ^ (expected.keys() - _optional(expected).keys()))
+        if not odd and all(state[name].shape == expected[name].shape for name in given):
+            return net, len(head)
+        if not odd:
+            raise InputError(
+                f"has the layers of {net} in other widths: a pruned network, which cannot be"
+                " rebuilt without its plan; prune the unpruned checkpoint again"
+            )
+        nearest = min(nearest, (len(odd), f"; {net} comes nearest but for {', '.join(odd[:3])}"))
+    raise InputError(f"its layers are those of no known network{nearest[1]}")
 
 
 def _check_expected(found: str, net: str | None) -> None:
     if net is not None and found != ALIASES.get(net, (net,))[0]:
-        raise ValueError(f"holds {found}, not {net}; give --net {found} or another --checkpoint")
+        raise InputError(f"holds {found}, not {net}; give --net {found} or another --checkpoint")
 
 
 def _build(net: str, num_classes: int) -> GatedModel:
@@ -181,6 +193,7 @@ def _build(net: str, num_classes: int) -> GatedModel:
 
 
 def _load_state(model: GatedModel, state: Mapping[str, Tensor]) -> None:
-    """Load strictly, in the floating-point type of the file."""
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    model.to(dtype).load_state_dict(state, strict=True)
+    """Load strictly, in the widest floating-point type of the file."""
+    types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    model.to(reduce(torch.promote_types, types, torch.float16 if types else torch.float32))
+    model.load_state_dict(state, strict=True)

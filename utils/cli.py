@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([_underscored(arg) for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -76,18 +76,21 @@ def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str],
     return parse
 
 
-count = _number(int, 1, float("inf"), "a whole number of at least 1")
-count_or_zero = _number(int, 0, float("inf"), "a whole number of at least 0")
+count = _number(int, 1, 2**31, "a whole number of at least 1")
+count_or_zero = _number(int, 0, 2**31, "a whole number of at least 0")
 ratio = _number(float, 0, 1, "a ratio in [0, 1)")
 positive = _number(float, sys.float_info.min, float("inf"), "a positive number")
 weight = _number(float, 0, float("inf"), "a number of at least 0")
 
 
-def network(text: str) -> str:
-    try:
-        return check_network(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def network(known: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        try:
+            return check_network(text, known)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def gpu_ids(text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.gate import Gate, GatedModel
+from utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,17 @@ def model_cost(model: GatedModel, image_size: int) -> Cost:
     MACs are those of convolutions and linear layers, counted by torch's own ``FlopCounterMode``,
     which reports two FLOPs a multiply-add. Gates are no parameters. The network itself is not run:
     a copy of its shapes is, without data.
+
+    Raises InputError where the images are too small for the network.
     """
     shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except RuntimeError as error:
+        raise InputError(
+            f"images of {image_size} pixels do not fit {model.net} ({error})"
+        ) from error
     gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
-    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()) - gates)
+    params = sum(parameter.numel() for parameter in model.parameters()) - gates
+    return Cost(counter.get_total_flops() // 2, params)

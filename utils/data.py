@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,9 @@ class Normalisation:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def as_dict(self) -> dict[str, list[float]]:
+        return {"mean": list(self.mean), "std": list(self.std)}
+
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
         mean, std = (
@@ -48,6 +51,7 @@ NORMALISATIONS = {
     "synthetic": CIFAR10_NORMALISATION,
 }
 DATASETS = tuple(NORMALISATIONS)
+ImageSamples = list[tuple[str, int]]  # (path, label)
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def shuffled(self, seed: int) -> ImageSet:
-        """The same images in another, fixed order."""
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
-        return ImageSet(self.images[order], self.labels[order])
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,15 @@ class ImageData:
             "dataset": dataset,
             "classes": self.classes,
             "image_size": self.train.images.shape[-1],
-            "normalisation": {
-                "mean": list(self.normalisation.mean),
-                "std": list(self.normalisation.std),
-            },
+            "normalisation": self.normalisation.as_dict(),
         }
 
     def normalised_as(self, meta: Mapping[str, Any]) -> ImageData:
         """The data as a checkpoint with this metadata expects them; unchanged if that is silent."""
-        if "normalisation" not in meta:
+        said = meta.get("normalisation")
+        if said is None:
             return self
-        mean, std = meta["normalisation"]["mean"], meta["normalisation"]["std"]
-        return replace(self, normalisation=Normalisation(tuple(mean), tuple(std)))
+        return replace(self, normalisation=Normalisation(tuple(said["mean"]), tuple(said["std"])))
 
 
 def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> ImageData:
@@ -150,39 +146,35 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 
 def _read_folders(root: Path, image_size: int) -> tuple[ImageSet, ImageSet, list[str]]:
-    train_root, test_root = image_folders(root)
-    samples, classes = list_images(train_root)
-    test_samples, test_classes = list_images(test_root)
+    train, test, classes = list_folders(root, ("test", "val"))
+    return _read_images(train, image_size), _read_images(test, image_size), classes
+
+
+def list_folders(
+    root: Path, test_names: Sequence[str]
+) -> tuple[ImageSamples, ImageSamples, list[str]]:
+    """Training and test images of ``root/train`` and ``root/<test name>``, and their classes.
+
+    The training images stand in a fixed shuffled order, whatever the seed of the run: class by
+    class, "the last tenth of the training set" would hold a tenth of the classes.
+
+    Raises InputError where a folder is missing or empty, or the two have different classes.
+    """
+    test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test_root is None:
+        wanted = " or ".join(f"{root / name}/<class>/" for name in test_names)
+        missing = wanted if (root / "train").is_dir() else f"{root}/train/<class>/"
+        raise InputError(f"--data_dir {root}: there is no folder {missing} with images")
+    train, classes = list_images(root / "train")
+    test, test_classes = list_images(test_root)
     if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise InputError(
-            f"{train_root} and {test_root} must have the same classes;"
-            f" only one has {', '.join(odd[:5])}"
-        )
-    # Class by class is no order for "the last tenth of the training set": one fixed shuffle,
-    # whatever the seed of the run.
-    train = _read_images(samples, image_size).shuffled(seed=0)
-    return train, _read_images(test_samples, image_size), classes
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
+        raise InputError(f"{root}/train and {test_root} differ in classes; only one has {odd}")
+    order = np.random.default_rng(0).permutation(len(train))
+    return [train[i] for i in order], test, classes
 
 
-def image_folders(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> tuple[Path, Path]:
-    """The training and the test folder below ``root``; InputError where one is missing."""
-    train = root / "train"
-    test = next(
-        (root / name for name in test_names if (root / name).is_dir()), root / test_names[0]
-    )
-    for folder in (train, test):
-        if not folder.is_dir():
-            wanted = (
-                " or ".join(f"{root / name}/<class>/" for name in test_names)
-                if folder == test
-                else f"{train}/<class>/"
-            )
-            raise InputError(f"--data_dir {root}: there is no folder {wanted} with images")
-    return train, test
-
-
-def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     """(path, label) of all images below ``root/<class>/``, sorted, and the class names.
 
     Raises InputError for a class without images.
@@ -194,7 +186,7 @@ def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
         raise InputError(f"{root} must hold one folder of images per class: {error}") from None
 
 
-def _read_images(samples: list[tuple[str, int]], image_size: int) -> ImageSet:
+def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     def read(path: str) -> np.ndarray:
         image = read_image(path)
         if image.size != (image_size, image_size):
@@ -219,15 +211,14 @@ def _read_images(samples: list[tuple[str, int]], image_size: int) -> ImageSet:
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode one image file as RGB; InputError with its path where that fails."""
+    """Decode one image file as 8-bit RGB; InputError with its path where that fails."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no fixed range")
             return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # what Pillow raises for a file that is cut off or no image
-        raise InputError(
-            f"{path}: cannot be read as an image ({error}); repair it or take it out of the folder"
-        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        advice = "repair it or take it out of the folder"
+        raise InputError(f"{path}: cannot be read as an image ({error}); {advice}") from None

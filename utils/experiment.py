@@ -43,14 +43,11 @@ class Recipes:
             length = -(-recipe.epochs * epochs // self.one_shot.epochs) if own is None else own
             return recipe.adapted(length, *changes)
 
-        recipes = Recipes(
+        return Recipes(
             self.one_shot.adapted(epochs, *changes),
             in_proportion(self.stage, stage_epochs),
             in_proportion(self.final, final_epochs),
         )
-        if recipes.stage.epochs and not recipes.final.epochs:
-            raise InputError("--smooth_epochs needs --final_epochs of at least 1 behind it")
-        return recipes
 
 
 # The published recipes for pruned networks on CIFAR.
@@ -61,28 +58,47 @@ CIFAR_RECIPES = Recipes(
 )
 
 
+# The published recipes for pruned networks on ImageNet.
+IMAGENET_RECIPES = Recipes(
+    one_shot=Recipe(epochs=120, lr=0.1, weight_decay=1e-4, milestones=(30, 60, 90), gamma=0.1),
+    stage=Recipe(epochs=10, lr=0.01, weight_decay=5e-4, milestones=(5, 8), gamma=0.1),
+    final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
+)
+
+
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
     """The network to prune: a file, or ``model_best.pth`` in ``place/folder`` or in ``place``."""
     place = Path(place)
-    if place.is_file() or place.suffix:
-        return load_checkpoint(place, net)
-    choices = [place / folder / "model_best.pth", place / "model_best.pth"]
-    return load_checkpoint(next(filter(Path.is_file, choices), choices[0]), net)
+    if place.is_file() or (place.suffix and not place.is_dir()):
+        path = place
+    else:
+        choices = [place / folder / "model_best.pth", place / "model_best.pth"]
+        path = next(filter(Path.is_file, choices), choices[0])
+    checkpoint = load_checkpoint(path, net)
+    checkpoint.model.float()
+    return checkpoint
 
 
-def check_classes(baseline: Checkpoint, classes: Sequence[str], data: str) -> None:
-    """Raise InputError unless the network has the classes of the data, in its order."""
+def check_data(checkpoint: Checkpoint, classes: Sequence[str], image_size: int, data: str) -> None:
+    """Raise InputError unless a network fits its data: their classes, in order, and their size.
+
+    Names and size are compared where the checkpoint tells them.
+    """
     advice = "name the data that it was trained on"
-    trained = baseline.model.num_classes
+    trained, known = checkpoint.model.num_classes, checkpoint.meta.get("classes", classes)
     if trained != len(classes):
         raise InputError(
             f"{data} has {len(classes)} classes, the checkpoint was trained on {trained}; {advice}"
         )
-    for ours, theirs in zip(baseline.meta.get("classes", classes), classes, strict=True):
+    for ours, theirs in zip(known, classes, strict=False):
         if ours != theirs:
             raise InputError(
                 f"{data} has class {theirs!r} where the checkpoint has {ours!r}; {advice}"
             )
+    size = checkpoint.meta.get("image_size", image_size)
+    if size != image_size:
+        raise InputError(f"--image_size {image_size}: the checkpoint was trained at {size}")
+    model_cost(checkpoint.model, image_size)
 
 
 @dataclass(frozen=True)
@@ -128,14 +144,27 @@ class Experiment:
 
         def select() -> PruningPlan:
             indices = scoring_indices(self.train.images, args.score_images, args.score_seed)
+            self.run.log(f"scoring on {len(indices)} training images")
             saliency = channel_saliency(
-                model, *self.train.pick(indices), criterion=args.criterion, w_beta=args.w_beta
+                model,
+                *self.train.pick(indices),
+                criterion=args.criterion,
+                w_beta=args.w_beta,
+                checkpoint_activations=args.checkpoint_activations,
             )
             self.run.log_saliency(saliency)
             groups = model.channel_groups()
             return select_channels(groups, saliency, args.p, min_channels=args.min_channels)
 
-        plan = self.runtime.on_main(select)
+        def select_or_refuse() -> PruningPlan:
+            try:
+                return select()
+            except InputError:
+                raise
+            except ValueError as error:
+                raise InputError(f"the network cannot be scored: {error}") from error
+
+        plan = self.runtime.on_main(select_or_refuse)
         self.run.save_plan(plan)
         return plan
 
@@ -173,7 +202,11 @@ class Experiment:
 
 
 def pruning_result(
-    args: argparse.Namespace, before: Snapshot, after: Snapshot, tracker: Tracker
+    args: argparse.Namespace,
+    plan: PruningPlan,
+    before: Snapshot,
+    after: Snapshot,
+    tracker: Tracker,
 ) -> dict[str, Any]:
     """What result.json says: before and right after surgery, and after fine-tuning."""
     return {
@@ -201,10 +234,6 @@ def pruning_result(
             name: {"before": width, "after": after.widths[name]}
             for name, width in before.widths.items()
         },
-        "held_at_floor": [
-            name
-            for name, width in before.widths.items()
-            if after.widths[name] == args.min_channels < width
-        ],
-        "history": tracker.history_as_dicts(),
+        "held_at_floor": list(plan.held_at_floor),
+        "history": tracker.history,
     }

@@ -146,9 +146,9 @@ class Epoch:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Epoch:
-        return cls(
-            **{**fields, "train": Metrics(**fields["train"]), "test": Metrics(**fields["test"])}
-        )
+        """The inverse of ``as_dict``; what else there is, is ignored."""
+        train, test = (Metrics(**fields[part]) for part in ("train", "test"))
+        return cls(fields["number"], fields["lr"], train, test, fields["images_per_second"])
 
 
 class _Tally:
@@ -206,7 +206,7 @@ def fit(
 
     Args:
         model: the bare network.
-        train, test: batches, as ``utils.data.Batches``.
+        train, test: batches, as ``utils.batches.Batches``.
         recipe: epochs, learning rate and schedule.
         runtime: where it runs.
         on_epoch: called after every epoch with its results and a state for ``resume``.
@@ -273,12 +273,14 @@ def _bar(
     if not (runtime.is_main and sys.stderr.isatty()):
         yield from batches
         return
-    with tqdm(batches, title, leave=False, dynamic_ncols=True, mininterval=0.5) as bar:
-        for i, batch in enumerate(bar):
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+    with tqdm(batches, title, leave=False, dynamic_ncols=True, bar_format=layout) as bar:
+        shown = began = time.perf_counter()
+        for batch in bar:
             yield batch
-            if i % 10 == 0:  # reading the sums waits for the device
-                seen, seconds = tally.metrics(), bar.format_dict["elapsed"]
-                speed = runtime.world_size * seen.images / max(seconds, 1e-9)
-                bar.set_postfix_str(
-                    f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s", False
-                )
+            now = time.perf_counter()
+            if now - shown > 0.5:  # reading the sums waits for the device
+                shown, seen = now, tally.metrics()
+                speed = runtime.world_size * seen.images / (now - began)
+                status = f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
+                bar.set_postfix_str(status, refresh=False)

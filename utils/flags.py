@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from models import ALIASES, NETWORKS
 from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, weight
 from utils.data import DATASETS
 from utils.experiment import Recipes
-from utils.finetune import CIFAR_COSINE, Recipe
+from utils.finetune import Cosine, Recipe
 from utils.saliency import CRITERIA
 
 # One flag reads best on one line, or on one and its help text.
 # fmt: off
 
 
-def add_network_flag(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--net", type=network, default=default,
-                        help=f"the network: {', '.join([*NETWORKS, *ALIASES])}")
+IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
+
+
+def add_network_flag(parser: argparse.ArgumentParser) -> None:
+    names = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
+    parser.add_argument("--net", type=network(names), default="gatevgg16",
+                        help=f"the network: {', '.join(names)}")
+
+
+def add_imagenet_network_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--net", type=network(IMAGENET_NETWORKS), default="resnet50",
+                        help=f"the network: {', '.join(IMAGENET_NETWORKS)}")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +52,57 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epoc
     add("--lr", type=positive, metavar="X",
         help=f"initial learning rate (default: {recipe.lr:g}); times {recipe.gamma:g} after epochs"
              f" {milestones} of {recipe.epochs}, and in proportion with other --epochs")
-    add("--cosine", action="store_true",
-        help="instead of these steps, 5 epochs of warm-up and a half cosine down to zero")
     add("--weight_decay", type=weight, metavar="X",
         help=f"L2 penalty (default: {recipe.weight_decay:g})")
+
+
+def add_cifar_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("CIFAR training").add_argument
+    add("--cosine", action="store_true",
+        help="instead of steps, 5 epochs of warm-up and a half cosine down to zero")
     add("--bs", type=count, default=128, metavar="N", help="images in a training batch")
+
+
+def add_imagenet_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("ImageNet training").add_argument
+    add("--train_bs", type=count, default=512, metavar="N",
+        help="images in a training batch, of all GPUs and ranks together")
+    add("--sched", choices=("step", "cosine"), default="step",
+        help="learning rate by steps, or by warm-up, cosine and cool-down within --epochs")
+    add("--warmup_epochs", type=count_or_zero, default=5, metavar="N", help="cosine: linear rise")
+    add("--warmup_lr", type=positive, default=1e-6, metavar="X", help="cosine: where it begins")
+    add("--cooldown_epochs", type=count_or_zero, default=10, metavar="N", help="cosine: rest")
+    add("--min_lr", type=weight, default=1e-5, metavar="X", help="cosine: where it ends")
+    add("--new_head", action="store_true",
+        help="a fresh classifier, for folders that are not the classes of the checkpoint")
+
+
+def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", required=True, metavar="DIR",
+        help="folder with train/<class>/ and val/<class>/")
+    add("--image_size", type=count, default=224, metavar="PIXELS",
+        help="side of the crops; for evaluation the images are resized to 8/7 of it")
+    add("--workers", "-j", type=count_or_zero, default=4, metavar="N",
+        help="processes that read and augment images, per rank")
+    add("--limit_train_batches", type=count, metavar="N", help="at most N batches an epoch")
+    add("--limit_val_batches", type=count, metavar="N", help="evaluate on N batches only")
+
+
+def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("conversion").add_argument
+    add("--weights", default="IMAGENET1K_V1", metavar="NAME", help="which of torchvision's weights")
+    add("--checkpoint", metavar="FILE", help="a local file of such weights; nothing is downloaded")
+    add("--save", "-s", action="store_true", default=True, help="write the baseline, as usual")
+    add("--no_save", dest="save", action="store_false", help="convert, check and evaluate only")
+    add("--output", default="./checkpoints", metavar="DIR", help="where <net>/model_best.pth goes")
+    add("--overwrite", action="store_true", help="replace other weights there")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--data_dir", metavar="DIR", help="folder with val/<class>/; without it, no evaluation")
+    add("--batch_size", "-b", type=count, default=512, metavar="N", help="images in a batch")
+    add("--workers", "-j", type=count_or_zero, default=4, metavar="N",
+        help="processes that read images")
+    add("--limit_val_batches", type=count, metavar="N", help="evaluate on N batches only")
 
 
 def add_baseline_flag(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +111,11 @@ def add_baseline_flag(parser: argparse.ArgumentParser) -> None:
                              " <net>/model_best.pth or model_best.pth (default: --output)")
 
 
-def add_pruning_flags(parser: argparse.ArgumentParser, p: float, score_images: int) -> None:
+def add_pruning_flags(
+    parser: argparse.ArgumentParser, p: float, score_images: int | None
+) -> None:
     add = parser.add_argument_group("pruning").add_argument
-    add("--p", type=ratio, default=p, metavar="RATIO",
+    add("--p", "-p", type=ratio, default=p, metavar="RATIO",
         help="share of the channels to cut, over all layers together, in [0, 1)")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="what scores a channel")
     add("--w_beta", type=weight, default=0.05, metavar="X", help="weight of the beta term of gfbs")
@@ -64,9 +123,12 @@ def add_pruning_flags(parser: argparse.ArgumentParser, p: float, score_images: i
     add("--no_beta", action="store_true", help="without it: the same as --criterion taylor")
     add("--beta_only", action="store_true", help="with nothing else: the same as --criterion beta")
     add("--score_images", type=count, default=score_images, metavar="N",
-        help="images in the scoring batch: the first N of the last tenth of the training set")
+        help="images in the scoring batch: the first N of the last tenth of the training set"
+             + ("" if score_images else " (default: --train_bs)"))
     add("--score_seed", type=count_or_zero, metavar="N",
         help="draw the scoring batch from the whole training set by this seed instead")
+    add("--checkpoint_activations", action="store_true",
+        help="score in less memory: activations are computed again on the way back")
     add("--min_channels", type=count, default=1, metavar="N", help="what every layer keeps")
 
 
@@ -82,15 +144,20 @@ def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
                  f" {recipes.one_shot.epochs}, and in proportion)")
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("device").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--gpu", type=gpu_ids, metavar="IDS",
+        help="GPUs that share every batch, such as 0,1 (default: all that are visible)")
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add_device_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=count_or_zero, default=1, metavar="N",
         help="of the initial weights, the order of the images and their augmentation")
     add("--deterministic", action="store_true",
         help="the same bits in every run on the same device; slower on a GPU")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--gpu", type=gpu_ids, metavar="IDS",
-        help="GPUs that share every batch, such as 0,1 (default: all that are visible)")
     add("--sync_bn", action="store_true",
         help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
@@ -109,6 +176,27 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
+def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """A network of 100 classes goes with no data set of ten; found out before any download."""
+    name, classes = ALIASES.get(args.net, (args.net, None))
+    if classes == 100 and args.dataset in ("cifar10", "synthetic"):
+        parser.error(
+            f"--net {args.net} has 100 classes and {args.dataset} has 10;"
+            f" use --dataset cifar100 or --net {name}"
+        )
+
+
+def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Only the last stage of ``--smooth`` leaves checkpoints, so there must be one."""
+    no_end = args.final_epochs == 0 or (args.final_epochs is None and args.epochs == 0)
+    if (
+        args.smooth
+        and no_end
+        and (args.smooth_epochs or (args.smooth_epochs is None and args.epochs))
+    ):
+        parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
+
+
 def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Turn --no_beta and --beta_only into the criterion that they stand for."""
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
@@ -122,19 +210,29 @@ def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace)
 # Flags that say where and how a run computes, not what: runs that differ in nothing else are one
 # and the same experiment.
 NO_CONFIGURATION = {
-    "checkpoint", "data_dir", "deterministic", "device", "gpu", "logdir", "output", "overwrite",
-    "resume",
+    "checkpoint", "checkpoint_activations", "data_dir", "deterministic", "device", "gpu", "logdir",
+    "output", "overwrite", "resume", "workers",
 }  # fmt: skip
 
 
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that make an experiment what it is."""
-    return {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+def configuration(
+    args: argparse.Namespace, classes: Sequence[str], baseline: str | None = None
+) -> dict[str, Any]:
+    """What makes an experiment what it is: flags, classes, and the weights that it starts from."""
+    flags = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+    names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
+    return {**flags, "classes": f"{len(classes)} ({names})", "baseline": baseline}
 
 
-def recipes(args: argparse.Namespace, published: Recipes) -> Recipes:
+def imagenet_cosine(args: argparse.Namespace) -> Cosine | None:
+    """The schedule of --sched cosine; None for steps."""
+    if args.sched == "step":
+        return None
+    return Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
+
+
+def adapt(args: argparse.Namespace, published: Recipes, cosine: Cosine | None) -> Recipes:
     """The published recipes with what the command line asks for."""
-    cosine = CIFAR_COSINE if args.cosine else None
     return published.adapted(
         args.epochs, args.smooth_epochs, args.final_epochs, args.lr, args.weight_decay, cosine
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ class PruningPlan:
     Attributes:
         keep: sorted indices into the channels of the model that the plan was made for, by group
             name.
+        held_at_floor: the groups that would have kept fewer channels but for the floor; for the
+            report only, not part of what is saved or compared.
 
     Raises ValueError with the group's name for indices that are not sorted, unique and
     non-negative, or for an empty group.
     """
 
     keep: dict[str, list[int]]
+    held_at_floor: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         for name, indices in self.keep.items():
@@ -155,13 +158,14 @@ def select_channels(
     ):
         stays_in_group[group.name] = stays_in_group.get(group.name, False) | part
 
-    keep = {}
+    keep, held = {}, []
     for group in groups:
         mask = stays_in_group[group.name]
-        if mask.sum() < min_channels:
+        if mask.sum() < min(min_channels, len(mask)):
+            held.append(group.name)
             mask[_descending(saliency[group.name].detach().cpu())[:min_channels]] = True
         keep[group.name] = mask.nonzero().flatten().tolist()
-    return PruningPlan(keep)
+    return PruningPlan(keep, tuple(held))
 
 
 def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

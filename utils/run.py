@@ -7,7 +7,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from models.gate import GatedModel
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import InputError
-from utils.files import write_json, write_text
+from utils.files import write_atomically, write_json, write_text
 from utils.finetune import Epoch
 from utils.pruning import PruningPlan
 
@@ -38,6 +39,7 @@ class Run:
         config: what makes the experiment what it is; another one in the same folder is refused.
         runtime: which rank this is.
         overwrite: replace another experiment instead.
+        resume: go on with the log and the TensorBoard files that are there.
 
     Raises InputError, on every rank, for a folder that holds another experiment, with what differs,
     or that cannot be written.
@@ -51,25 +53,31 @@ class Run:
         runtime: Runtime,
         *,
         overwrite: bool = False,
+        resume: bool = False,
     ):
         self.folder, self.config, self.writes = folder, dict(config), runtime.is_main
         self.began = time.perf_counter()
-        runtime.on_main(lambda: self._open(logdir, overwrite))
+        runtime.on_main(lambda: self._open(logdir, overwrite, resume))
 
-    def _open(self, logdir: Path, overwrite: bool) -> None:
+    def _open(self, logdir: Path, overwrite: bool, resume: bool) -> None:
         changed = self._another_experiment()
         if changed and not overwrite:
             raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
-        try:
+        with _writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
+        with _writable(logdir, "--logdir"):
+            if not resume:
+                for events in logdir.glob("events.out.tfevents.*"):
+                    events.unlink()
+            self.board = SummaryWriter(str(logdir))
+        with _writable(self.folder, "--output"):
             if changed:
-                for name in (*RESULTS, "log.txt"):
+                for name in RESULTS:
                     (self.folder / name).unlink(missing_ok=True)
             write_json(self.folder / "config.json", self.config)
-            self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(logdir))
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error}); see --output") from error
+            if not resume:
+                self._log.truncate(0)
 
     def _another_experiment(self) -> str:
         """What is in the folder and why it is not this experiment; empty where it may go on."""
@@ -78,9 +86,9 @@ class Run:
             return ""
         try:
             earlier = json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError):
+            changed = differences(earlier, self.config)
+        except (OSError, ValueError, TypeError, AttributeError):
             return f"{self.folder} holds {', '.join(present)} of an unknown configuration"
-        changed = differences(earlier, self.config)
         return f"{self.folder} holds a run of another configuration ({changed})" if changed else ""
 
     def __enter__(self) -> Run:
@@ -130,6 +138,12 @@ class Run:
         if self.writes:
             save_checkpoint(self.folder / name, model, config=self.config, **meta)
 
+    def adopt(self, other: Path, name: str) -> None:
+        """Take a file of a run that goes on here along from its folder, unless this is it."""
+        if self.writes and not (self.folder / name).exists():
+            content = (other / name).read_bytes()
+            write_atomically(self.folder / name, lambda file: file.write(content))
+
     def save_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json: the result, and what it takes to get it again."""
         record = {
@@ -143,6 +157,15 @@ class Run:
             write_json(self.folder / "result.json", record)
         self.log(f"took {format_seconds(record['wall_time_seconds'])}; results in {self.folder}")
         return record
+
+
+@contextmanager
+def _writable(place: Path, flag: str) -> Iterator[None]:
+    """Turn what goes wrong in writing below ``place`` into a line that names it and its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

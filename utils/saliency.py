@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.gate import GatedModel
 
@@ -35,8 +37,11 @@ class GroupSignals:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero."""
-    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+    """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero.
+
+    In float64: the squares of a confident network's gradients are below what float32 can hold.
+    """
+    return F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
 
 
 def taylor(group: GroupSignals, w_beta: float) -> Tensor:
@@ -72,6 +77,7 @@ def channel_saliency(
     *,
     criterion: str = "gfbs",
     w_beta: float = 0.05,
+    checkpoint_activations: bool = False,
 ) -> dict[str, Tensor]:
     """Score every prunable channel of ``model`` on one minibatch.
 
@@ -85,8 +91,10 @@ def channel_saliency(
         labels: (B,) class indices.
         criterion: a name of ``CRITERIA``.
         w_beta: weight of the beta term.
+        checkpoint_activations: keep only what lies between the network's ``checkpoint_blocks``, and
+            compute the rest again on the way back: less memory, the same scores.
 
-    Returns the scores (C,) by group name.
+    Returns the scores (C,) by group name, on the CPU.
 
     Raises ValueError for an unknown criterion, and with the group's name for scores that are not
     finite.
@@ -95,7 +103,8 @@ def channel_saliency(
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     groups = model.channel_groups()
     norms = {name: model.get_submodule(name) for group in groups for name in group.norms}
-    with unchanged(model):
+    blocks = model.checkpoint_blocks() if checkpoint_activations else []
+    with unchanged(model), recomputed(blocks), torch.enable_grad():
         model.train()
         gammas = [norm.weight.requires_grad_() for norm in norms.values()]
         loss = F.cross_entropy(model(images), labels)
@@ -104,9 +113,9 @@ def channel_saliency(
     saliency = {}
     for group in groups:
         signals = GroupSignals(
-            gamma=torch.stack([norms[name].weight.detach() for name in group.norms]),
-            gamma_grad=torch.stack([gradients[name] for name in group.norms]),
-            beta=torch.stack([norms[name].bias.detach() for name in group.norms]),
+            gamma=torch.stack([norms[name].weight.detach() for name in group.norms]).cpu(),
+            gamma_grad=torch.stack([gradients[name] for name in group.norms]).cpu(),
+            beta=torch.stack([norms[name].bias.detach() for name in group.norms]).cpu(),
         )
         saliency[group.name] = CRITERIA[criterion](signals, w_beta)
         if not torch.isfinite(saliency[group.name]).all():
@@ -114,6 +123,18 @@ def channel_saliency(
                 f"the {criterion} saliency of channel group {group.name} is not finite"
             )
     return saliency
+
+
+@contextmanager
+def recomputed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Let these modules forget their activations, and compute them again on the way back."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the instance's; the class's is there again
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Tracker:
             equals.
         last: the latest epoch.
         done: epochs of all stages so far.
-        history: all of them.
+        history: all of them, as dicts, with the number of their stage.
     """
 
     def __init__(self, run: Run, model: GatedModel, total_epochs: int, meta: Mapping[str, Any]):
@@ -33,18 +33,19 @@ class Tracker:
         self.best: Epoch | None = None
         self.last: Epoch | None = None
         self.done = 0
-        self.history: list[Epoch] = []
-        self.start_stage(epochs=total_epochs)
+        self.history: list[dict[str, Any]] = []
+        self.stage = 0
+        self.start_stage(total_epochs)
 
     def start_stage(self, epochs: int, keep: bool = True) -> None:
         """The next epochs belong to a stage of so many; ``keep`` its checkpoints, or only log."""
-        self.stage_epochs, self.keep = epochs, keep
+        self.stage_epochs, self.keep, self.stage = epochs, keep, self.stage + 1
         self.best = self.last = None
         self.began, self.done_before = time.perf_counter(), self.done
 
     def __call__(self, epoch: Epoch, training: dict[str, Any]) -> None:
         self.done += 1
-        self.history.append(epoch)
+        self.history.append({**epoch.as_dict(), "stage": self.stage})
         self.last = epoch
         pace = (time.perf_counter() - self.began) / (self.done - self.done_before)
         self.run.log_epoch(epoch, self.stage_epochs, self.done, pace * (self.total - self.done))
@@ -60,18 +61,16 @@ class Tracker:
             "last.pth",
             self.model,
             **meta,
-            training={**training, "history": self.history_as_dicts()},
+            training={**training, "history": self.history},
         )
 
     def resume(self, history: list[dict[str, Any]]) -> None:
         """Continue after these epochs, as ``last.pth`` lists them."""
-        self.history = [Epoch.from_dict(epoch) for epoch in history]
-        self.best = max(self.history, key=lambda epoch: epoch.test.accuracy)
-        self.last = self.history[-1]
-        self.done = self.done_before = len(self.history)
-
-    def history_as_dicts(self) -> list[dict[str, Any]]:
-        return [epoch.as_dict() for epoch in self.history]
+        self.history = list(history)
+        epochs = [Epoch.from_dict(fields) for fields in history]
+        self.best = max(epochs, key=lambda epoch: epoch.test.accuracy)  # the first of equals
+        self.last = epochs[-1]
+        self.done = self.done_before = len(epochs)
 
     def accuracies(self, kind: str = "accuracy") -> dict[str, Any]:
         """``accuracy`` or ``top5`` on the test set, of the last epoch and of the best; or None."""

@@ -1,0 +1,103 @@
+"""Score, prune and fine-tune a ResNet on ImageNet, or on any two folders of images.
+
+    python gfbs_imagenet.py --net resnet50 --data_dir <path-to-imagenet> --p 0.4 --gpu 0,1,2,3
+    torchrun --nproc_per_node=8 gfbs_imagenet.py --data_dir <path-to-imagenet> --p 0.4
+
+Prunes CHECKPOINT/<net>/model_best.pth, as prepare_torch_imagenet_models.py leaves it; DATA_DIR has
+train/<class>/ and val/<class>/. Writes plan.json, pruned.pth (right after surgery), model_best.pth,
+last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import flags
+from utils.cli import Parser, run_script
+from utils.cost import model_cost
+from utils.data import list_folders
+from utils.distributed import seed_everything, select_runtime
+from utils.experiment import IMAGENET_RECIPES, Experiment, load_baseline, pruning_result
+from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
+from utils.report import result_table
+from utils.run import Run
+from utils.surgery import prune
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.set_defaults(dataset="imagenet")
+    flags.add_imagenet_network_flag(parser)
+    flags.add_baseline_flag(parser)
+    flags.add_pruning_flags(parser, p=0.4, score_images=None)
+    flags.add_folder_flags(parser)
+    flags.add_recipe_flags(parser, IMAGENET_RECIPES.one_shot, least_epochs=0)
+    flags.add_imagenet_training_flags(parser)
+    flags.add_smooth_flags(parser, IMAGENET_RECIPES)
+    flags.add_run_flags(parser)
+    args = parser.parse_args(argv)
+    flags.check_stages(parser, args)
+    flags.resolve_criterion(parser, args)
+    args.score_images = args.score_images or args.train_bs
+    return args
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Prune and fine-tune, and return what result.json says."""
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime.share(args.train_bs, "--train_bs")
+    baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
+    train_images, val_images, classes = list_folders(Path(args.data_dir), ("val",))
+    seed_everything(args.seed, args.deterministic)
+    if args.new_head:
+        baseline.model.replace_head(len(classes))
+    else:
+        check_head(baseline, classes, f"--data_dir {args.data_dir}")
+    model_cost(baseline.model, args.image_size)
+    recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
+
+    name = f"{args.net}/{flags.run_name(args)}"
+    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
+    config = flags.configuration(args, classes, baseline.digest)
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
+        crops = Crops.for_baseline(args.image_size, baseline.meta)
+        train, val = (
+            FolderBatches(
+                images, args.train_bs, crops, runtime, workers=args.workers, limit=limit,
+                augment=augment, seed=args.seed,
+            )
+            for images, limit, augment in (
+                (train_images, args.limit_train_batches, True),
+                (val_images, args.limit_val_batches, False),
+            )
+        )  # fmt: skip
+        meta = folder_metadata(crops, baseline.meta.get("source"), classes)
+        experiment = Experiment(run, runtime, train, val, args.image_size, meta)
+
+        model = baseline.model.to(runtime.device)
+        before = experiment.measure(model)
+        run.log(f"baseline: {args.net}, {len(classes)} classes, {before}; {runtime}")
+
+        plan = experiment.choose_channels(model, args)
+        pruned = prune(copy.deepcopy(model), plan)
+        after = experiment.measure(pruned)
+        run.log(f"after surgery: {after}")
+        run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
+
+        if args.smooth:
+            tracker = experiment.fine_tune_in_stages(model, plan, recipes)
+        else:
+            tracker = experiment.fine_tune(pruned, recipes.one_shot)
+
+        result = pruning_result(args, plan, before, after, tracker)
+        run.log("\n" + result_table(result) + "\n")
+        return run.save_result(result)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(parse_args, main))

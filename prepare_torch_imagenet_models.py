@@ -1,0 +1,147 @@
+"""Turn torchvision's ImageNet weights into the gated baseline that gfbs_imagenet.py prunes.
+
+    python prepare_torch_imagenet_models.py --net resnet50 --data_dir <path-to-imagenet>
+    python prepare_torch_imagenet_models.py --net resnet50 --checkpoint resnet50-0676ba61.pth
+
+Takes the weights from torchvision (downloaded once) or from a local file, checks that the gated
+network's logits equal torchvision's, evaluates on DATA_DIR/val where that is given, and writes
+OUTPUT/<net>/model_best.pth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models import WeightsEnum
+
+from models import GatedModel, build_model
+from utils import flags
+from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
+from utils.cli import Parser, run_script
+from utils.data import list_images
+from utils.distributed import Runtime, select_runtime
+from utils.errors import InputError
+from utils.finetune import evaluate
+from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    flags.add_imagenet_network_flag(parser)
+    flags.add_conversion_flags(parser)
+    flags.add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Convert, check, save and evaluate; returns what was measured on DATA_DIR/val."""
+    runtime = select_runtime(args.device, args.gpu)
+    runtime.share(args.batch_size, "--batch_size")
+    weights = find_weights(args.net, args.weights)
+    crops = Crops(weights.transforms().crop_size[0], weights.transforms().resize_size[0])
+    val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
+
+    with runtime.main_first():
+        state = read_state_dict(args.checkpoint) if args.checkpoint else download(weights)
+    source = args.checkpoint or weights.url
+    model, difference = convert(args.net, state, source)
+    report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
+    if val:
+        check_head(Checkpoint(model, {}), val[1], f"--data_dir {args.data_dir}")
+    if args.save:
+        path = Path(args.output) / args.net / "model_best.pth"
+        runtime.on_main(lambda: save(path, model, args.overwrite, folder_metadata(crops, source)))
+        report(runtime, f"saved {path}")
+    if not val:
+        return {}
+
+    batches = FolderBatches(
+        val[0], args.batch_size, crops, runtime, workers=args.workers, limit=args.limit_val_batches
+    )
+    measured = evaluate(model, batches, runtime)
+    report(runtime, f"measured on {measured.images} images of {args.data_dir}/val: "
+                    f"top-1 {measured.accuracy:.3f} %, top-5 {measured.top5:.3f} %")  # fmt: skip
+    if not args.checkpoint:
+        report(runtime, published(weights))
+    return {"accuracy": measured.accuracy, "top5": measured.top5, "images": measured.images}
+
+
+def report(runtime: Runtime, text: str) -> None:
+    if runtime.is_main:
+        print(text, flush=True)
+
+
+def find_weights(net: str, name: str) -> WeightsEnum:
+    """torchvision's weights of that name; InputError with the names that there are."""
+    known = torchvision.models.get_model_weights(net)
+    if name not in known.__members__:
+        raise InputError(f"--weights {name}: {net} has {', '.join(known.__members__)}")
+    return known[name]
+
+
+def published(weights: WeightsEnum) -> str:
+    figures = weights.meta["_metrics"]["ImageNet-1K"]
+    return (f"torchvision publishes, on all 50000 images of ImageNet's val: "
+            f"top-1 {figures['acc@1']:.3f} %, top-5 {figures['acc@5']:.3f} %")  # fmt: skip
+
+
+def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """The state dict, from torchvision's cache or the network."""
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        name = Path(urlparse(weights.url).path).name
+        raise InputError(
+            f"{weights.url} could not be downloaded ({error}); put {name} into {cache},"
+            " or name a local file with --checkpoint"
+        ) from error
+
+
+def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedModel, float]:
+    """The gated network with torchvision's weights, and how far its logits are from torchvision's.
+
+    The difference is relative to the largest logit. Raises InputError for weights of another
+    network, and where the logits differ by more than rounding.
+    """
+    try:
+        num_classes = len(state["fc.bias"])
+        original = torchvision.models.get_model(net, weights=None, num_classes=num_classes).eval()
+        original.load_state_dict(state)
+        model = build_model(net, num_classes).eval()
+        gates = {
+            name: tensor for name, tensor in model.state_dict().items() if ".gate" in f".{name}"
+        }
+        model.load_state_dict({**gates, **state})
+    except (KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{source}: these are not torchvision's weights of {net} ({error})"
+        ) from None
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, logits = original(images), model(images)
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= 1e-5:
+        raise InputError(f"{source}: the gated {net} differs from torchvision's by {difference:g}")
+    return model, difference
+
+
+def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
+    """Write the baseline; InputError where that would replace other weights unasked."""
+    if path.exists() and not overwrite:
+        if load_checkpoint(path).digest == Checkpoint(model, {}).digest:
+            return
+        raise InputError(f"{path} holds other weights; use --overwrite to replace them")
+    save_checkpoint(path, model, **meta)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(parse_args, main))

@@ -1,0 +1,39 @@
+"""Started by torchrun in test_distributed.py: one rank of a script of ours, which tells its end.
+
+    torchrun --nproc_per_node=2 tests/rank.py <script> <folder for the ranks' states> <arguments>
+
+With GFBS_TEST_DIES=<rank> in the environment, that rank dies after its first epoch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import tracker
+from utils.cli import run_script
+
+script, folder, *argv = sys.argv[1:]
+rank = os.environ["RANK"]
+call = tracker.Tracker.__call__
+
+
+def tell(self, epoch, training):
+    if os.environ.get("GFBS_TEST_DIES") == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(self, epoch, training)
+    state = {"weights": self.model.state_dict(), "accuracy": epoch.test.accuracy}
+    torch.save(state, Path(folder) / f"rank{rank}.pt")
+
+
+tracker.Tracker.__call__ = tell
+module = importlib.import_module(script)
+sys.argv = [f"{script}.py", *argv]
+sys.exit(run_script(module.parse_args, module.main))

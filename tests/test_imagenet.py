@@ -1,0 +1,330 @@
+"""ImageNet: torchvision's networks and weights, large images from folders, and the two scripts."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch_pruning
+import torchvision
+from conftest import CPU, random_batch, random_model, randomise_norms, relative_difference
+from test_data import make_folder
+from test_surgery import random_plan
+from torch import nn
+from torchvision.transforms.v2 import functional
+
+import gfbs_imagenet
+import prepare_torch_imagenet_models as prepare
+from models import build_model
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
+from utils.cost import model_cost
+from utils.errors import InputError
+from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches, check_head
+from utils.saliency import channel_saliency
+from utils.surgery import prune
+
+NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+def original_and_gated(net, num_classes=10):
+    """torchvision's network with random weights and statistics, and ours with the same."""
+    torch.manual_seed(0)
+    original = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
+    randomise_norms(original)
+    gated = build_model(net, num_classes)
+    missing, unexpected = gated.load_state_dict(original.state_dict(), strict=False)
+    assert all(name.endswith(".gate") for name in missing) and not unexpected
+    return original, gated
+
+
+@pytest.mark.parametrize("net", NETWORKS)
+def test_logits_equal_torchvisions(net):
+    original, gated = original_and_gated(net)
+    images, _ = random_batch(2, 64)
+    for mode in (False, True):
+        with torch.no_grad():
+            expected, logits = original.train(mode)(images), gated.train(mode)(images)
+        assert relative_difference(expected, logits) < 1e-6
+
+
+def macs_by_hooks(model, images):
+    """Multiply-adds of all convolutions and linear layers, from the shapes that pass through."""
+    total = 0
+
+    def count(layer, inputs, output):
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            per_output = layer.weight[0].numel()
+            total += output[0].numel() * per_output
+        elif isinstance(layer, nn.Linear):
+            total += layer.weight.numel()
+
+    handles = [layer.register_forward_hook(count) for layer in model.modules()]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+def test_torch_pruning_cuts_the_same_network(net):
+    """The same channels, cut out of torchvision's network by an independent dependency graph."""
+    original, gated = original_and_gated(net)
+    original, gated = original.double().eval(), gated.double().eval()
+    images, _ = random_batch(2, 64, dtype=torch.float64)
+    plan = random_plan(gated, seed=4)
+    widths = gated.group_widths()
+    layers = dict(original.named_modules())
+    for group in gated.channel_groups():  # a new graph each time: indices refer to what is left
+        graph = torch_pruning.DependencyGraph().build_dependency(original, images)
+        gone = sorted(set(range(widths[group.name])) - set(plan.keep[group.name]))
+        if gone:
+            conv = layers[group.outputs[0]]
+            cut = torch_pruning.prune_conv_out_channels
+            graph.get_pruning_group(conv, cut, idxs=gone).prune()
+    pruned = prune(gated, plan)
+    with torch.no_grad():
+        assert relative_difference(original(images), pruned(images)) < 1e-10
+    cost = model_cost(pruned, 64)
+    assert cost.params == sum(parameter.numel() for parameter in original.parameters())
+    assert cost.macs == macs_by_hooks(original, images[:1])
+
+
+def test_known_costs_of_resnet50():
+    cost = model_cost(build_model("resnet50"), 224)
+    assert cost.params == pytest.approx(25.557e6, rel=1e-4)
+    assert cost.macs == pytest.approx(4.09e9, rel=1e-3)
+
+
+def test_stages_are_the_sixteen_blocks():
+    model = build_model("resnet50")
+    stages = model.pruning_stages()
+    assert len(stages) == 16
+    assert set(stages[0]) == {"gate1", "layer1.0.gate1", "layer1.0.gate2", "layer1.0.gate3"}
+    assert set(stages[1]) == {"layer1.1.gate1", "layer1.1.gate2"}
+    groups = {group.name: group for group in model.channel_groups()}
+    assert len(groups["layer3.0.gate3"].gates) == 6 and len(groups["gate1"].gates) == 1
+    joined = build_model("resnet34").channel_groups()[0]  # no downsample: the stem joins stage 1
+    assert joined.gates == ("gate1", "layer1.0.gate2", "layer1.1.gate2", "layer1.2.gate2")
+
+
+def saved_bytes(model, images, labels, **options):
+    """Bytes of distinct tensors that the forward pass keeps for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = channel_saliency(model, images, labels, **options)
+    return scores, sum(kept.values())
+
+
+def test_activation_checkpointing_gives_the_same_scores_and_leaves_no_trace():
+    model = random_model("resnet18").eval()
+    images, labels = random_batch(4, 64)
+    before = copy.deepcopy(model.state_dict())
+    plain = channel_saliency(model, images, labels)
+    spared = channel_saliency(model, images, labels, checkpoint_activations=True)
+    assert all(torch.equal(plain[name], spared[name]) for name in plain)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    make_folder(tmp_path / "images", parts=("train", "val"), images=6, size=(50, 44))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def samples(place, part="train"):
+    return [
+        (str(path), i) for i, path in enumerate(sorted((place / "images" / part).rglob("*.png")))
+    ]
+
+
+def test_order_and_augmentation_do_not_depend_on_the_workers(place):
+    def epochs(workers):
+        batches = FolderBatches(
+            samples(place), 5, Crops(24, 28), CPU, workers=workers, augment=True, seed=3
+        )
+        for epoch in (0, 1, 0):
+            batches.set_epoch(epoch)
+            state = torch.get_rng_state()
+            images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+            assert torch.equal(state, torch.get_rng_state())
+            yield images, labels
+
+    alone, helped = list(epochs(0)), list(epochs(2))
+    for (images, labels), (same_images, same_labels) in zip(alone, helped, strict=True):
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    assert torch.equal(alone[0][0], alone[2][0])
+    assert not torch.equal(alone[0][1], alone[1][1])
+    assert sorted(alone[0][1].tolist()) == list(range(12))
+
+
+def test_evaluation_crops_are_torchvisions(place):
+    ramp = torch.arange(60 * 80).view(1, 60, 80).expand(3, -1, -1) % 251
+    functional.to_pil_image(ramp.to(torch.uint8)).save("ramp.png")
+    ((image, _),) = FolderBatches([("ramp.png", 0)], 4, Crops(24, 28), CPU, workers=0)
+    preset = torchvision.transforms._presets.ImageClassification(crop_size=24, resize_size=28)
+    expected = preset(ramp.to(torch.uint8))
+    assert (image[0] - expected).abs().max() < 0.02  # uint8 rounds once more
+    assert image.shape == (1, 3, 24, 24)
+
+
+SMALL = ["--net", "resnet18", "--device", "cpu", "--workers", "0"]
+
+
+def run_prepare(*argv):
+    return prepare.main(prepare.parse_args([*SMALL, *argv]))
+
+
+def run_gfbs(*argv):
+    options = ["--data_dir", "images", "--image_size", "32", "--train_bs", "4", "--epochs", "1"]
+    return gfbs_imagenet.main(gfbs_imagenet.parse_args([*SMALL, *options, *argv]))
+
+
+def save_local_weights(path, net="resnet18", num_classes=2):
+    original, _ = original_and_gated(net, num_classes)
+    torch.save(original.state_dict(), path)
+    return original.eval()
+
+
+def test_convert_prune_fine_tune_reload(place, capsys):
+    original = save_local_weights("local.pth")
+    measured = run_prepare("--checkpoint", "local.pth", "--data_dir", "images")
+    baseline = load_checkpoint("checkpoints/resnet18/model_best.pth")
+    images, _ = random_batch(2, 64)
+    assert relative_difference(original(images), baseline.model.eval()(images)) < 1e-6
+    assert measured["images"] == 12 and "measured on 12 images" in capsys.readouterr().out
+    assert baseline.meta["normalisation"] == IMAGENET_NORMALISATION.as_dict()
+    assert (baseline.meta["image_size"], baseline.meta["resize"]) == (224, 256)
+
+    result = run_gfbs("--p", "0.4", "--limit_train_batches", "2")
+    run = place / "checkpoints" / "resnet18" / "gfbs_p0.4_seed1"
+    pruned = load_model(run / "pruned.pth")
+    assert result["channels"]["gate1"]["after"] == pruned.group_widths()["gate1"]
+    assert result["cost"]["macs"]["after"] == model_cost(pruned, 32).macs
+    assert result["accuracy"]["last"] is not None and result["top5"]["last"] == 100
+    assert load_model(run / "last.pth").kept == pruned.kept
+    assert load_checkpoint(run / "model_best.pth").meta["classes"] == ["cat", "dog"]
+
+    again = run_gfbs("--p", "0.2", "--epochs", "0", "--checkpoint", str(run / "model_best.pth"))
+    assert again["cost"]["params"]["before"] == result["cost"]["params"]["after"]
+    smooth = run_gfbs("--p", "0.4", "--smooth", "--sched", "cosine", "--limit-train-batches", "1")
+    log = (place / "checkpoints/resnet18/gfbs_p0.4_smooth_seed1/log.txt").read_text()
+    assert "stage 8/8: cut" in log and len(smooth["history"]) == 8 + 1
+    assert smooth["channels"] == result["channels"]
+
+
+def test_a_fresh_head_serves_other_classes(place):
+    save_local_weights("local.pth", num_classes=5)
+    run_prepare("--checkpoint", "local.pth")
+    with pytest.raises(InputError, match="2 classes, the checkpoint 5; --new_head"):
+        run_gfbs()
+    run_gfbs("--new_head", "--epochs", "0")
+    assert load_model("checkpoints/resnet18/gfbs_p0.4_seed1/pruned.pth").num_classes == 2
+
+
+def test_a_thousand_classes_of_torchvision_are_imagenets(place):
+    model = random_model("resnet18", 1000)
+    checkpoint = load_checkpoint(save(model, "c.pth"))
+    check_head(checkpoint, [f"n{i:08}" for i in range(1000)], "data")
+    with pytest.raises(InputError, match="'class0' is no WordNet id"):
+        check_head(checkpoint, [f"class{i}" for i in range(1000)], "data")
+
+
+def save(model, path, **meta):
+    save_checkpoint(path, model, **meta)
+    return path
+
+
+def test_other_weights_are_not_written_over(place):
+    save_local_weights("local.pth")
+    run_prepare("--checkpoint", "local.pth")
+    run_prepare("--checkpoint", "local.pth")  # the same weights again
+    save_local_weights("other.pth", num_classes=3)
+    with pytest.raises(InputError, match="holds other weights; use --overwrite"):
+        run_prepare("--checkpoint", "other.pth")
+    run_prepare("--checkpoint", "other.pth", "--no_save")
+    assert load_model("checkpoints/resnet18/model_best.pth").num_classes == 2
+    run_prepare("--checkpoint", "other.pth", "--overwrite")
+    assert load_model("checkpoints/resnet18/model_best.pth").num_classes == 3
+
+
+def test_failed_download_says_which_file_goes_where(place, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(
+        InputError, match=r"put resnet18-\w+\.pth into .*checkpoints, or name a local"
+    ):
+        run_prepare()
+
+
+def test_bad_input_is_one_line_and_nothing_is_overwritten(place):
+    save_local_weights("local.pth")
+    run_prepare("--checkpoint", "local.pth")
+    save_local_weights("resnet34.pth", "resnet34")
+    make_folder(place / "no_val", parts=("train",))
+    make_folder(place / "broken", parts=("train", "val"))
+    (place / "broken" / "val" / "cat" / "2.png").write_text("no image")
+    make_folder(place / "empty", parts=("train", "val"))
+    for image in (place / "empty" / "val" / "dog").iterdir():
+        image.unlink()
+    (place / "text.pth").write_text("no weights")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for run, argv, message in [
+        (run_gfbs, ["--data_dir", "no_val"], "no_val/val/<class>/"),
+        (run_gfbs, ["--data_dir", "empty"], "dog"),
+        (run_gfbs, ["--data_dir", "broken"], "cat/2.png: cannot be read as an image"),
+        (run_gfbs, ["--data_dir", "broken", "--workers", "2", "--output", "other", "--checkpoint",
+                    "checkpoints"], "cat/2.png: cannot be read as an image"),
+        (run_gfbs, ["--gpu", "7"], "--gpu 7: torch sees 0 GPUs here"),
+        (run_gfbs, ["--sync_bn"], "--sync_bn needs GPUs"),
+        (run_gfbs, ["--net", "resnet34", "--checkpoint", "local.pth"], "holds resnet18, not"),
+        (run_gfbs, ["--checkpoint", "none.pth"], "none.pth: no such checkpoint"),
+        (run_prepare, ["--checkpoint", "resnet34.pth"], "not torchvision's weights of resnet18"),
+        (run_prepare, ["--checkpoint", "text.pth"], "text.pth"),
+        (run_prepare, ["--checkpoint", "none.pth"], "none.pth"),
+        (run_prepare, ["--checkpoint", "local.pth", "--data_dir", "no_val"], "no_val/val"),
+        (run_prepare, ["--weights", "IMAGENET1K_V9"], "resnet18 has IMAGENET1K_V1, DEFAULT"),
+    ]:  # fmt: skip
+        device = ["--device", "auto"] if "--gpu" in argv else []
+        with pytest.raises(InputError) as error:
+            run(*argv, *device)
+        assert message in str(error.value) and "\n" not in str(error.value), argv
+        after = {path: path.read_bytes() for path in before}
+        assert after == before, argv
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--net", "resnet51"], "did you mean resnet50"),
+        (["--net", "gatevgg16"], "unknown network 'gatevgg16'"),
+        (["--p", "1.0"], "--p"),
+        (["--sched", "linear"], "--sched"),
+        (["--train-bs", "0"], "--train_bs"),
+        ([], "--data_dir"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        gfbs_imagenet.parse_args([*(["--data_dir", "x"] if argv else []), *argv])
+    shown = capsys.readouterr().err
+    assert left.value.code == 2 and message in shown and shown.count("\n") == 1
+
+
+def test_published_defaults():
+    args = gfbs_imagenet.parse_args(["--data_dir", "x"])
+    assert (args.net, args.p, args.epochs, args.train_bs) == ("resnet50", 0.4, 120, 512)
+    assert (args.score_images, args.workers, args.seed, args.image_size) == (512, 4, 1, 224)
+    assert json.dumps(vars(args))  # fit for config.json

@@ -1,0 +1,206 @@
+"""Large images read from folders while the network computes: the ImageNet input pipeline.
+
+Worker processes decode and augment in uint8; normalisation happens on the device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2 as transforms
+from torchvision.transforms.v2 import functional
+
+from utils.batches import random_stream, split_batches
+from utils.checkpoint import Checkpoint
+from utils.data import ImageSamples, Normalisation, read_image
+from utils.distributed import Runtime
+from utils.errors import InputError
+
+IMAGENET_NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How images become squares of ``size`` pixels.
+
+    For training, a random area is resized and flipped; for evaluation the shorter side is resized
+    to ``resize`` and the centre is cut out.
+    """
+
+    size: int = 224
+    resize: int = 256
+
+    @classmethod
+    def for_baseline(cls, size: int, meta: Mapping[str, Any]) -> Crops:
+        """What a checkpoint was evaluated with, or in the usual proportion, 256 for 224."""
+        if meta.get("image_size") == size and isinstance(meta.get("resize"), int):
+            return cls(size, meta["resize"])
+        return cls(size, round(size * 256 / 224))
+
+    def training(self) -> Callable[[Tensor], Tensor]:
+        crop = transforms.RandomResizedCrop(self.size, antialias=True)
+        return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+
+    def evaluation(self) -> Callable[[Tensor], Tensor]:
+        resize = transforms.Resize(self.resize, antialias=True)
+        return transforms.Compose([resize, transforms.CenterCrop(self.size)])
+
+
+class FolderImages(Dataset):
+    """Images as uint8 (3, S, S) and labels, by (epoch, index).
+
+    With ``augment`` the transform's randomness is a pure function of (seed, epoch, index), whatever
+    the number of workers.
+    """
+
+    def __init__(self, samples: ImageSamples, transform: Callable, augment: bool, seed: int):
+        self.samples, self.transform, self.augment, self.seed = samples, transform, augment, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        path, label = self.samples[index]
+        image = functional.pil_to_tensor(read_image(path))
+        if not self.augment:
+            return self.transform(image), label
+        with torch.random.fork_rng([]):
+            stream = random_stream(self.seed, epoch, index)
+            torch.default_generator.set_state(stream.get_state())
+            return self.transform(image), label
+
+
+class FolderBatches:
+    """An iterable over (normalised images, labels) on the device, as ``utils.batches.Batches``.
+
+    Args:
+        samples: (path, label) of every image.
+        batch_size: images in a batch of all ranks together; the last may be smaller.
+        crops: size of the images.
+        runtime: where batches go, and for which rank.
+        workers: processes that read and augment; 0 to do so in this one.
+        augment: training order and augmentation, or file order and the centre of the image.
+        seed: of the random streams.
+        limit: at most this many batches an epoch.
+    """
+
+    def __init__(
+        self,
+        samples: ImageSamples,
+        batch_size: int,
+        crops: Crops,
+        runtime: Runtime,
+        *,
+        workers: int = 4,
+        augment: bool = False,
+        seed: int = 0,
+        limit: int | None = None,
+    ):
+        transform = crops.training() if augment else crops.evaluation()
+        self.dataset = FolderImages(samples, transform, augment, seed)
+        self.images, self.batch_size = len(samples), batch_size
+        self.runtime, self.workers, self.limit, self.epoch = runtime, workers, limit, 0
+        self.loader = self._loader(_Keys(self), persistent=True)
+
+    def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=keys,
+            num_workers=self.workers,
+            pin_memory=self.runtime.device.type == "cuda",
+            prefetch_factor=4 if self.workers else None,
+            persistent_workers=persistent and self.workers > 0,
+            generator=torch.Generator(),  # so that it leaves the global random state alone
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of an epoch."""
+        self.epoch = epoch
+
+    def shares(self) -> list[Tensor]:
+        """This rank's indices, batch by batch, in this epoch."""
+        order = torch.arange(self.images)
+        if self.dataset.augment:
+            stream = random_stream(self.dataset.seed, self.epoch)
+            order = torch.randperm(self.images, generator=stream)
+        return split_batches(
+            order, self.batch_size, training=self.dataset.augment, limit=self.limit,
+            rank=self.runtime.rank, ranks=self.runtime.world_size,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.shares())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._on_device(self.loader)
+
+    def _on_device(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.runtime.device
+        try:
+            for images, labels in loader:
+                images = images.to(device, non_blocking=True)
+                yield IMAGENET_NORMALISATION.apply(images), labels.to(device, non_blocking=True)
+        except InputError as error:  # a worker wraps its traceback around the message
+            raise InputError(str(error).rpartition("InputError: ")[2]) from None
+
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
+        keys = [[(self.epoch, index) for index in part] for part in _parts(indices)]
+        images, labels = zip(*self._on_device(self._loader(keys)), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+
+class _Keys:
+    """A batch sampler of (epoch, index): the workers cannot know the epoch otherwise."""
+
+    def __init__(self, batches: FolderBatches):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.batches.epoch
+        return ([(epoch, index) for index in share.tolist()] for share in self.batches.shares())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _parts(indices: Tensor, size: int = 32) -> list[list[int]]:
+    """Small portions, so that every worker has something to do."""
+    return [part.tolist() for part in indices.split(size)]
+
+
+def folder_metadata(
+    crops: Crops, source: str | None, classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint says of its data; ``source`` is where the unpruned weights came from."""
+    return {
+        "dataset": "imagenet",
+        "source": source,
+        "image_size": crops.size,
+        "resize": crops.resize,
+        "normalisation": IMAGENET_NORMALISATION.as_dict(),
+        **({"classes": list(classes)} if classes else {}),
+    }
+
+
+def check_head(baseline: Checkpoint, classes: Sequence[str], data: str) -> None:
+    """Raise InputError unless the network's classes are those of the data, in their order.
+
+    Weights of torchvision name no classes: theirs are ImageNet's, whose folders are called by
+    WordNet id and come in the order of these names.
+    """
+    trained = baseline.model.num_classes
+    advice = "--new_head starts a fresh classifier for other classes"
+    if trained != len(classes):
+        raise InputError(f"{data} has {len(classes)} classes, the checkpoint {trained}; {advice}")
+    known = baseline.meta.get("classes")
+    if known is None and trained == 1000:
+        odd = next((name for name in classes if not re.fullmatch(r"n\d{8}", name)), None)
+        if odd:
+            raise InputError(f"{data}: {odd!r} is no WordNet id such as n01440764; {advice}")
+    elif known is not None and list(known) != list(classes):
+        raise InputError(f"{data} has other classes than the checkpoint; {advice}")
