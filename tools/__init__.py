@@ -1,0 +1,1 @@
+"""Tools around the experiments; each is run as ``python -m tools.<name>``."""
