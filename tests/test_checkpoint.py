@@ -76,6 +76,8 @@ def wrapped(state, wrapper, prefix, gates):
 @pytest.mark.parametrize("gates", [True, False])
 def test_files_of_others_load(tmp_path, wrapper, prefix, gates):
     model = random_model("gateresnet20", num_classes=13)
+    if gates:
+        model.gate1.gate.data[0, 3] = 0  # a masked channel stays masked
     torch.save(wrapped(model.state_dict(), wrapper, prefix, gates), tmp_path / "other.pth")
     loaded = load_model(tmp_path / "other.pth")
     assert (loaded.net, loaded.num_classes) == ("gateresnet20", 13)
@@ -127,6 +129,28 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, monkeypatch, content
         load_model(path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_strange_state_dicts_are_explained(tmp_path):
+    state = random_model("gateresnet20").state_dict()
+    old = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    torch.save(old, tmp_path / "old.pth")  # from before torch counted batches
+    assert load_model(tmp_path / "old.pth").net == "gateresnet20"
+    torch.save({**state, "total_ops": torch.ones(1)}, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match="gateresnet20 comes nearest but for total_ops"):
+        load_model(tmp_path / "odd.pth")
+    for name, strange in {"a": {}, "b": {1: torch.ones(1)}, "c": {"format": "gfbs/9"}}.items():
+        torch.save(strange, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match=f"{name}.pth: "):
+            load_model(tmp_path / f"{name}.pth")
+
+
+def test_half_precision_files_load(tmp_path):
+    model = random_model("gateresnet20").half()
+    torch.save(model.state_dict(), tmp_path / "half.pth")
+    loaded = load_model(tmp_path / "half.pth")
+    assert loaded.linear.weight.dtype == torch.float16
+    assert torch.equal(loaded.linear.weight, model.linear.weight)
 
 
 def test_another_network_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CPU
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.batches import Batches, scoring_indices
 from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data, read_image
@@ -45,7 +45,12 @@ def test_synthetic_set_is_the_same_every_time_and_balanced():
 
 
 def test_folder_set(tmp_path):
-    data = load_data("folder", make_folder(tmp_path, parts=("train", "val")), image_size=24)
+    make_folder(tmp_path, parts=("train", "val"))
+    wide = Image.new("RGB", (80, 40), (255, 0, 0))
+    wide.paste((0, 255, 0), (20, 0, 60, 40))  # the centre, when resized to 48x24 and cropped
+    wide.save(tmp_path / "val" / "cat" / "a.png")
+    data = load_data("folder", tmp_path, image_size=24)
+    assert (data.test.images[6].float().mean((1, 2)) - torch.tensor([0, 255, 0])).abs().max() < 9
     assert data.classes == ["cat", "dog"]
     assert data.train.images.shape == (12, 3, 24, 24)
     shades = data.train.images[:, :2, 0, 0].long()
@@ -146,6 +151,27 @@ def test_damaged_archive_is_named(tmp_path, monkeypatch):
         load_data("cifar10", tmp_path)
 
 
+def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    sums = {}
+    for name in ("train", "test", "meta"):
+        rows = np.zeros((3, 3072), np.uint8)
+        fine = {"data": rows, "fine_labels": [7, 99, 0], "coarse_labels": [1, 1, 1]}
+        content = {"fine_label_names": [f"c{i}" for i in range(100)]} if name == "meta" else fine
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
+    monkeypatch.setattr(CIFAR100, "meta", meta)
+    data = load_data("cifar100", tmp_path)
+    assert data.train.labels.tolist() == [7, 99, 0] and len(data.classes) == 100
+    assert data.normalisation.as_dict() == {
+        "mean": [0.5071, 0.4867, 0.4408], "std": [0.2675, 0.2565, 0.2761],
+    }  # fmt: skip
+
+
 def batches(count=50, batch_size=16, **options):
     return Batches(numbered_images(count), batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
@@ -211,6 +237,7 @@ def test_a_last_batch_of_one_image_is_left_out_of_training_only():
     assert [len(y) for _, y in batches(49, augment=True)] == [16, 16, 16]
     assert [len(y) for _, y in batches(49, augment=False)] == [16, 16, 16, 1]
     assert [len(y) for _, y in batches(1, augment=True)] == [1]
+    assert [len(y) for _, y in batches(3, batch_size=1, augment=True)] == [1, 1, 1]
     assert len(batches(50, augment=True, limit=2)) == 2
 
 

@@ -234,7 +234,7 @@ BAD_FLAGS = [
     (train, ["--gpu", "0,0"], "--gpu"),
     (train, ["--gpu", "one"], "--gpu"),
     (train, ["--unknown", "3"], "--unknown"),
-    (gfbs_cifar, ["--p", "1"], "--p: '1' is not a ratio in [0, 1)"),
+    (gfbs_cifar, ["--p", "1"], "'1' is not a ratio in [0, 1)"),
     (gfbs_cifar, ["--p", "-0.1"], "--p"),
     (gfbs_cifar, ["--p", "nan"], "--p"),
     (gfbs_cifar, ["--w_beta", "-1"], "--w_beta"),

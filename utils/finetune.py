@@ -283,4 +283,4 @@ def _bar(
                 shown, seen = now, tally.metrics()
                 speed = runtime.world_size * seen.images / (now - began)
                 status = f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
-                bar.set_postfix_str(status, refresh=False)
+                bar.set_postfix_str(status)

@@ -8,20 +8,21 @@ from typing import Any
 
 def result_table(result: Mapping[str, Any]) -> str:
     """The result of a pruning run in at most 79 columns: accuracies, costs, channels per layer."""
-    accuracy, cost, ratio = result["accuracy"], result["cost"], result["ratio"]
+    cost, ratio = result["cost"], result["ratio"]
+    top1, top5 = result["accuracy"], result["top5"]
     lines = [
         f"{result['net']} on {result['dataset']}, {result['criterion']}, seed {result['seed']}",
         "",
-        f"  {'top-1 accuracy, test':<28}{'%':>10}",
-        f"  {'baseline':<28}{accuracy['baseline']:10.2f}",
-        f"  {'after surgery':<28}{accuracy['after_surgery']:10.2f}",
+        f"  {'accuracy, %':<28}{'top-1':>10}{'top-5':>10}",
     ]
-    if accuracy["last"] is not None:
-        lines += [
-            f"  {'fine-tuned, last epoch':<28}{accuracy['last']:10.2f}",
-            f"  {'fine-tuned, best on test':<28}{accuracy['best']:10.2f}"
-            f"   (epoch {accuracy['best_epoch']})",
+    rows = [("baseline", "baseline", ""), ("after surgery", "after_surgery", "")]
+    if top1["last"] is not None:
+        chosen = f"   (epoch {top1['best_epoch']})"
+        rows += [
+            ("fine-tuned, last epoch", "last", ""),
+            ("fine-tuned, best on test", "best", chosen),
         ]
+    lines += [f"  {title:<28}{top1[k]:10.2f}{top5[k]:10.2f}{note}" for title, k, note in rows]
     lines += ["", f"  {'':<28}{'before':>10}{'after':>10}{'reduction':>12}"]
     for name, title in (("macs", "multiply-adds (MACs), M"), ("params", "parameters, M")):
         before, after = cost[name]["before"] / 1e6, cost[name]["after"] / 1e6

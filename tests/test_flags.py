@@ -1,0 +1,134 @@
+"""Every flag reaches what it names."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import CPU
+from test_scripts import place, run_gfbs, run_train, trained  # noqa: F401
+
+import train as train_script
+from utils import experiment
+from utils.batches import Batches, scoring_indices
+from utils.data import load_data
+from utils.finetune import CIFAR_COSINE, Metrics, evaluate
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What fit, channel_saliency and select_channels were called with; they do their work."""
+    calls = {"fit": [], "saliency": [], "select": []}
+
+    def spy(module, name, key):
+        original = getattr(module, name)
+
+        def wrapper(*args, **options):
+            calls[key].append((args, options))
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    spy(train_script, "fit", "fit")
+    spy(experiment, "fit", "fit")
+    spy(experiment, "channel_saliency", "saliency")
+    spy(experiment, "select_channels", "select")
+    return calls
+
+
+TRAINING = [
+    (["--lr", "0.3"], lambda train, test, recipe: recipe.lr == 0.3),
+    (["--weight-decay", "0.2"], lambda train, test, recipe: recipe.weight_decay == 0.2),
+    (["--cosine"], lambda train, test, recipe: recipe.cosine == CIFAR_COSINE),
+    (["--epochs", "3"], lambda train, test, recipe: recipe.epochs == 3),
+    (["--bs", "5"], lambda train, test, recipe: train.batch_size == 5),
+    (["--seed", "9"], lambda train, test, recipe: train.seed == 9),
+    (["--limit_train_batches", "1"], lambda train, test, recipe: len(train) == 1),
+    (["--limit_test_batches", "1"], lambda train, test, recipe: test.limit == 1),
+]
+
+
+@pytest.mark.parametrize("argv, holds", TRAINING)
+@pytest.mark.parametrize("script", ["train", "gfbs"])
+def test_training_flags(trained, seen, script, argv, holds):  # noqa: F811
+    run_train("--output", "x", *argv) if script == "train" else run_gfbs(*argv)
+    (_, train, test, recipe, *_), _ = seen["fit"][-1]
+    assert holds(train, test, recipe)
+
+
+def test_published_recipes_are_the_defaults(trained, seen):  # noqa: F811
+    run_train("--output", "x", "--epochs", "16")
+    run_gfbs("--epochs", "16")
+    recipes = [args[3] for args, _ in seen["fit"]]
+    expected = [(16, 0.1, 1e-4, (6, 12), 0.2, None), (16, 0.01, 5e-4, (6, 12), 0.2, None)]
+    for r, values in zip(recipes, expected, strict=True):
+        assert (r.epochs, r.lr, r.weight_decay, r.milestones, r.gamma, r.cosine) == values
+
+
+def test_stages_have_their_own_recipe_and_go_on_in_the_random_streams(trained, seen):  # noqa: F811
+    run_gfbs("--smooth", "--smooth_epochs", "2", "--final_epochs", "3", "--p", "0.5")
+    *stages, final = [(args[3], options["first_epoch"]) for args, options in seen["fit"]]
+    assert [first for _, first in [*stages, final]] == list(range(0, 2 * len(stages) + 1, 2))
+    for recipe, _ in stages:
+        assert (recipe.epochs, recipe.lr, recipe.weight_decay, recipe.gamma) == (2, 0.01, 5e-4, 0.1)
+    recipe, _ = final
+    assert (recipe.epochs, recipe.lr, recipe.weight_decay, recipe.gamma) == (3, 0.01, 5e-4, 0.2)
+
+
+def test_scoring_flags(trained, seen):  # noqa: F811
+    options = ["--w_beta", "0.3", "--min_channels", "4", "--p", "0.6", "--score_images", "5"]
+    run_gfbs("--epochs", "0", *options, "--score_seed", "2", "--seed", "7")
+    (_, images, labels), scoring = seen["saliency"][0]
+    assert (scoring["w_beta"], scoring["criterion"]) == (0.3, "gfbs")
+    (_, _, ratio), selecting = seen["select"][0]
+    assert (ratio, selecting["min_channels"]) == (0.6, 4)
+    data = load_data("folder", "images", 16)
+    train = Batches(data.train, 8, data.normalisation, CPU, augment=True, seed=7)
+    expected, expected_labels = train.pick(scoring_indices(len(data.train), 5, 2))
+    assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):  # noqa: F811
+    """Every evaluation gives another figure; each must turn up in its own place."""
+    figures = iter([Metrics(1, 91, 99, 9), Metrics(1, 12, 52, 9)])
+    monkeypatch.setattr(experiment, "evaluate", lambda *args: next(figures))
+    epochs = iter([Metrics(1, 63, 83, 9), Metrics(1, 77, 87, 9), Metrics(1, 77, 86, 9)])
+    monkeypatch.setattr("utils.finetune.evaluate", lambda *args: next(epochs))
+    result = run_gfbs("--epochs", "3", "--min_channels", "5", "--p", "0.95")
+    assert result["accuracy"] == {
+        "baseline": 91, "after_surgery": 12, "last": 77, "best": 77, "best_epoch": 2,
+    }  # fmt: skip
+    assert result["top5"]["last"] == 86 and result["top5"]["best"] == 87
+    shown = capsys.readouterr().out
+    for row in (
+        "baseline  91.00  99.00",
+        "after surgery  12.00  52.00",
+        "last epoch  77.00  86.00",
+    ):
+        assert any(row.split("  ")[0] in line and line.split()[-2:] == row.split("  ")[1:]
+                   for line in shown.splitlines()), row  # fmt: skip
+    held = result["held_at_floor"]
+    assert held and all(result["channels"][name]["after"] == 5 for name in held)
+    assert f"{held[0]:<28}" in shown and "at the floor" in shown
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(trained):  # noqa: F811
+    run_gfbs("--epochs", "1", "--p", "0.5")
+    run_gfbs("--epochs", "0", "--p", "0.5", "--overwrite")
+    run = trained / "gfbs_p0.5_seed1"
+    assert not (run / "model_best.pth").exists() and not (run / "last.pth").exists()
+    assert (run / "log.txt").read_text().count("$ ") == 1
+
+
+def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    clock = iter(range(1000))
+    monkeypatch.setattr("utils.finetune.time.perf_counter", lambda: float(next(clock)))
+    data = load_data("synthetic", "unused", 8)
+    batches = Batches(data.test, 100, data.normalisation, CPU)
+    model = experiment.load_baseline(trained, "", "gateresnet20").model
+    model.replace_head(10)
+    evaluate(model, batches, CPU)
+    shown = capsys.readouterr().err
+    assert "evaluate" in shown and "images/s" in shown and "loss" in shown
