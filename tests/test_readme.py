@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("docs/*.md")]
-COMMAND = re.compile(r"(?:python|torchrun .*?) ?(\w+)\.py( .*|$)")
+COMMAND = re.compile(r"(?:python|torchrun .*? --) (\w+)\.py( .*|$)")
 
 
 def commands():
