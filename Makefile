@@ -1,12 +1,13 @@
 # make quickstart   train, prune and fine-tune a small network on made-up images (minutes on a laptop)
 # make test         ruff and the whole test suite
-# Both make their own environment in .venv.
+# make kill         kill a run 20 times, resume it, compare the bits
+# All make their own environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --net gateresnet20 --dataset synthetic --bs 64 --output quickstart --logdir quickstart/runs
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test kill clean
 
 quickstart: .venv/installed
 	$(BIN)/python train.py $(DEMO) --epochs 10 --lr 0.05 --overwrite
@@ -16,6 +17,9 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+kill: .venv/installed
+	$(BIN)/python tests/kill.py --kills 20
 
 clean:
 	rm -rf .venv quickstart .pytest_cache .ruff_cache

@@ -24,15 +24,17 @@ from utils.cli import Parser, run_script
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
-    CIFAR_RECIPES,
     Experiment,
     check_data,
     load_baseline,
+    plan_stages,
     pruning_result,
+    with_fine_tuning,
 )
-from utils.finetune import CIFAR_COSINE
+from utils.pruning import PruningPlan
+from utils.recipes import CIFAR_COSINE, CIFAR_RECIPES
 from utils.report import result_table
-from utils.run import Run
+from utils.run import Run, check_same_run, load_last
 from utils.surgery import prune
 
 
@@ -46,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_cifar_training_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
     flags.add_run_flags(parser)
+    flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
     flags.check_alias(parser, args)
     flags.check_stages(parser, args)
@@ -68,7 +71,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     name = f"{network}/{flags.run_name(args)}"
     folder, logdir = Path(args.output) / name, Path(args.logdir) / name
     config = flags.configuration(args, data.classes, baseline.digest)
-    with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
+    last = load_last(folder, args.net) if args.resume else None
+    if last:
+        check_same_run(last, config)
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         train, test = train_and_test_batches(
             data, args.bs, runtime, seed=args.seed,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
@@ -77,21 +83,30 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         experiment = Experiment(run, runtime, train, test, args.image_size, meta)
 
         model = baseline.model.to(runtime.device)
-        before = experiment.measure(model)
-        run.log(f"baseline: {args.net} on {args.dataset}, {before}; {runtime}")
-
-        plan = experiment.choose_channels(model, args)
-        pruned = prune(copy.deepcopy(model), plan)
-        after = experiment.measure(pruned)
-        run.log(f"after surgery: {after}")
-        run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
-
-        if args.smooth:
-            tracker = experiment.fine_tune_in_stages(model, plan, recipes)
+        if last:
+            story = last.meta["training"]["story"]
+            plan, result = PruningPlan(story["plan"]), story["result"]
         else:
-            tracker = experiment.fine_tune(pruned, recipes.one_shot)
+            if args.resume:
+                run.log("nothing to resume from: starting afresh")
+            before = experiment.measure(model)
+            run.log(f"baseline: {args.net} on {args.dataset}, {before}; {runtime}")
 
-        result = pruning_result(args, plan, before, after, tracker)
+            plan = experiment.choose_channels(model, args)
+            pruned = prune(copy.deepcopy(model), plan)
+            after = experiment.measure(pruned)
+            run.log(f"after surgery: {after}")
+            run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
+            result = pruning_result(args, plan, before, after)
+
+        tracker = experiment.fine_tune(
+            last.model if last else model,
+            plan_stages(model, plan, recipes, args.smooth),
+            {"plan": plan.keep, "result": result},
+            every=args.checkpoint_every,
+            last=last,
+        )
+        result = with_fine_tuning(result, tracker)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

@@ -1,7 +1,7 @@
 """Score, prune and fine-tune a ResNet on ImageNet, or on any two folders of images.
 
     python gfbs_imagenet.py --net resnet50 --data_dir <path-to-imagenet> --p 0.4 --gpu 0,1,2,3
-    torchrun --nproc_per_node=8 gfbs_imagenet.py --data_dir <path-to-imagenet> --p 0.4
+    torchrun --nproc_per_node=8 -- gfbs_imagenet.py --data_dir <path-to-imagenet> --p 0.4
 
 Prunes CHECKPOINT/<net>/model_best.pth, as prepare_torch_imagenet_models.py leaves it; DATA_DIR has
 train/<class>/ and val/<class>/. Writes plan.json, pruned.pth (right after surgery), model_best.pth,
@@ -22,10 +22,18 @@ from utils.cli import Parser, run_script
 from utils.cost import model_cost
 from utils.data import list_folders
 from utils.distributed import seed_everything, select_runtime
-from utils.experiment import IMAGENET_RECIPES, Experiment, load_baseline, pruning_result
+from utils.experiment import (
+    Experiment,
+    load_baseline,
+    plan_stages,
+    pruning_result,
+    with_fine_tuning,
+)
 from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
+from utils.pruning import PruningPlan
+from utils.recipes import IMAGENET_RECIPES
 from utils.report import result_table
-from utils.run import Run
+from utils.run import Run, check_same_run, load_last
 from utils.surgery import prune
 
 
@@ -40,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_imagenet_training_flags(parser)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)
     flags.add_run_flags(parser)
+    flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
     flags.check_stages(parser, args)
     flags.resolve_criterion(parser, args)
@@ -64,7 +73,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     name = f"{args.net}/{flags.run_name(args)}"
     folder, logdir = Path(args.output) / name, Path(args.logdir) / name
     config = flags.configuration(args, classes, baseline.digest)
-    with Run(folder, logdir, config, runtime, overwrite=args.overwrite) as run:
+    last = load_last(folder, args.net) if args.resume else None
+    if last:
+        check_same_run(last, config)
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         crops = Crops.for_baseline(args.image_size, baseline.meta)
         train, val = (
             FolderBatches(
@@ -80,21 +92,30 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         experiment = Experiment(run, runtime, train, val, args.image_size, meta)
 
         model = baseline.model.to(runtime.device)
-        before = experiment.measure(model)
-        run.log(f"baseline: {args.net}, {len(classes)} classes, {before}; {runtime}")
-
-        plan = experiment.choose_channels(model, args)
-        pruned = prune(copy.deepcopy(model), plan)
-        after = experiment.measure(pruned)
-        run.log(f"after surgery: {after}")
-        run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
-
-        if args.smooth:
-            tracker = experiment.fine_tune_in_stages(model, plan, recipes)
+        if last:
+            story = last.meta["training"]["story"]
+            plan, result = PruningPlan(story["plan"]), story["result"]
         else:
-            tracker = experiment.fine_tune(pruned, recipes.one_shot)
+            if args.resume:
+                run.log("nothing to resume from: starting afresh")
+            before = experiment.measure(model)
+            run.log(f"baseline: {args.net}, {len(classes)} classes, {before}; {runtime}")
 
-        result = pruning_result(args, plan, before, after, tracker)
+            plan = experiment.choose_channels(model, args)
+            pruned = prune(copy.deepcopy(model), plan)
+            after = experiment.measure(pruned)
+            run.log(f"after surgery: {after}")
+            run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
+            result = pruning_result(args, plan, before, after)
+
+        tracker = experiment.fine_tune(
+            last.model if last else model,
+            plan_stages(model, plan, recipes, args.smooth),
+            {"plan": plan.keep, "result": result},
+            every=args.checkpoint_every,
+            last=last,
+        )
+        result = with_fine_tuning(result, tracker)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

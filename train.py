@@ -21,15 +21,16 @@ from typing import Any
 from models import build_model
 from utils import flags
 from utils.batches import train_and_test_batches
-from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.cli import Parser, run_script
 from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
-from utils.finetune import CIFAR_BASELINE, CIFAR_COSINE, fit
-from utils.run import Run, differences
-from utils.tracker import Tracker
+from utils.experiment import Experiment, Stage
+from utils.pruning import PruningPlan
+from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
+from utils.run import Run, check_same_run, load_last, load_resumable
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_cifar_training_flags(parser)
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="continue from this last.pth, or the one in this folder; implies --resume",
+    )
     args = parser.parse_args(argv)
     flags.check_alias(parser, args)
     return args
@@ -51,8 +57,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network
-    last_path = Path(args.checkpoint or folder)
-    last = load_last(last_path, args.net) if args.resume or args.checkpoint else None
+    last = None
+    if args.resume or args.checkpoint:
+        last = find_last(args.checkpoint, folder, args.net)
     with runtime.main_first():
         data = load_data(args.dataset, args.data_dir, args.image_size)
     config = flags.configuration(args, data.classes)
@@ -66,9 +73,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         check_same_run(last, config)
         model.load_state_dict(last.model.state_dict())
 
-    with Run(
-        folder, logdir, config, runtime, overwrite=args.overwrite, resume=last is not None
-    ) as run:
+    with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         train, test = train_and_test_batches(
             data, args.bs, runtime, seed=args.seed,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
@@ -77,13 +82,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
         cosine = CIFAR_COSINE if args.cosine else None
         recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, cosine)
-        tracker = Tracker(run, model, recipe.epochs, data.metadata(args.dataset))
-        training = last.meta["training"] if last else None
-        if training:
-            tracker.resume(training["history"])
-            run.adopt(last_path if last_path.is_dir() else last_path.parent, "model_best.pth")
-            run.log(f"continues after epoch {training['epoch']}")
-        fit(model, train, test, recipe, runtime, on_epoch=tracker, resume=training)
+        experiment = Experiment(
+            run, runtime, train, test, args.image_size, data.metadata(args.dataset)
+        )
+        if args.resume and not last:
+            run.log("nothing to resume from: starting afresh")
+        if args.checkpoint:
+            run.adopt(Path(args.checkpoint), "model_best.pth")
+        stages = [Stage(PruningPlan({}), recipe)]
+        tracker = experiment.fine_tune(model, stages, {}, every=args.checkpoint_every, last=last)
 
         accuracy = tracker.accuracies()
         run.log(
@@ -96,23 +103,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
 
 
-def load_last(path: Path, net: str) -> Checkpoint:
-    """What to continue from: a file, or last.pth of a folder, with model_best.pth beside it."""
-    if path.is_dir() or not path.suffix:
-        path = path / "last.pth"
-    last = load_checkpoint(path, net)
-    if not {"training", "config"} <= last.meta.keys():
-        raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
-    if not path.with_name("model_best.pth").is_file():
-        raise InputError(f"{path}: the best epoch so far, model_best.pth, must be beside it")
-    return last
+def find_last(named: str | None, folder: Path, net: str) -> Checkpoint | None:
+    """What to continue from: the file or folder that was named, or last.pth of the output folder.
 
-
-def check_same_run(last: Checkpoint, config: dict[str, Any]) -> None:
-    """Raise InputError, with what differs, where the flags are not those of the run so far."""
-    changed = differences(last.meta["config"], config)
-    if changed:
-        raise InputError(f"--resume: that run has another configuration ({changed})")
+    Raises InputError for one that was named and is not there.
+    """
+    if named is None:
+        return load_last(folder, net)
+    path = Path(named) / "last.pth" if Path(named).is_dir() else Path(named)
+    return load_resumable(path, net)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from torch.optim import SGD
 from utils.batches import Batches
 from utils.data import CIFAR10_NORMALISATION, ImageSet
 from utils.distributed import Runtime, select_runtime
-from utils.errors import InputError
-from utils.experiment import CIFAR_RECIPES
-from utils.finetune import CIFAR_BASELINE, CIFAR_COSINE, Cosine, Recipe, evaluate, fit
+from utils.errors import InputError, RunError
+from utils.finetune import Watch, evaluate, fit
+from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE, CIFAR_RECIPES, Cosine, Recipe
 
 
 def small_batches(count=24, batch_size=8, **options):
@@ -119,18 +119,27 @@ def test_fit_continues_to_the_same_bits(tmp_path, cosine):
     model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
     states = []
 
-    def keep(epoch, training):
-        states.append(tmp_path / f"{epoch.number}.pt")
-        torch.save({"model": model.state_dict(), "training": training}, states[-1])
+    class Keep(Watch):
+        def after_batch(self, batch, state):
+            states.append(tmp_path / f"{len(states)}.pt")
+            torch.save({"model": model.state_dict(), "training": state()}, states[-1])
 
-    fit(model, train, test, recipe, CPU, on_epoch=keep)
-    for path in states[:-1]:
+        def after_epoch(self, epoch, state):
+            self.after_batch(0, state)
+
+    whole = fit(model, train, test, recipe, CPU, watch=Keep())
+    assert len(states) == 4 * (3 + 1)
+    for path in states[::3]:
         saved = torch.load(path, weights_only=True)
         resumed = random_model("gateresnet20")
         resumed.load_state_dict(saved["model"])
-        fit(resumed, small_batches(augment=True), test, recipe, CPU, resume=saved["training"])
+        rest = fit(
+            resumed, small_batches(augment=True), test, recipe, CPU, resume=saved["training"]
+        )
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), (path.name, name)
+        for ours, theirs in zip(reversed(rest), reversed(whole), strict=False):
+            assert (ours.train, ours.test, ours.lr) == (theirs.train, theirs.test, theirs.lr)
 
 
 def test_evaluation_counts_every_image_and_restores_the_mode():
@@ -147,12 +156,29 @@ def test_evaluation_counts_every_image_and_restores_the_mode():
     assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    model = random_model("gateresnet20")
-    model.linear.weight.data.fill_(float("nan"))
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
+    train, test = small_batches(augment=True), small_batches()
     recipe = Recipe(2, 0.1, 0, milestones=(1,), gamma=1)
-    with pytest.raises(InputError, match="the loss is nan in epoch 1"):
-        fit(model, small_batches(augment=True), small_batches(), recipe, CPU)
+    model = random_model("gateresnet20")
+    seen = []
+
+    class Poison(Watch):
+        def after_batch(self, batch, state):
+            seen.append(batch)
+            if len(seen) == 4:
+                model.linear.weight.data.fill_(float("nan"))
+
+    message = r"not finite in epoch 2 at learning rate 0\.1, batch 2: training has diverged"
+    with pytest.raises(RunError, match=message):
+        fit(model, train, test, recipe, CPU, watch=Poison())
+    assert seen == [1, 2, 3, 1, 2, 3]
+
+    class Save(Watch):
+        def after_batch(self, batch, state):
+            state()
+
+    with pytest.raises(RunError, match="batch 1"):  # what has diverged is not to be saved
+        fit(model, train, test, recipe, CPU, watch=Save())
 
 
 def test_devices(monkeypatch):

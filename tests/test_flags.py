@@ -9,11 +9,11 @@ import torch
 from conftest import CPU
 from test_scripts import place, run_gfbs, run_train, trained  # noqa: F401
 
-import train as train_script
 from utils import experiment
 from utils.batches import Batches, scoring_indices
 from utils.data import load_data
-from utils.finetune import CIFAR_COSINE, Metrics, evaluate
+from utils.finetune import Metrics, evaluate
+from utils.recipes import CIFAR_COSINE
 
 
 @pytest.fixture
@@ -30,7 +30,6 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    spy(train_script, "fit", "fit")
     spy(experiment, "fit", "fit")
     spy(experiment, "channel_saliency", "saliency")
     spy(experiment, "select_channels", "select")

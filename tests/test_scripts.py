@@ -155,7 +155,7 @@ def test_smooth_ends_with_the_same_channels(trained):
     assert (run / "plan.json").read_text() == (trained / "gfbs_p0.5_seed1/plan.json").read_text()
     log = (run / "log.txt").read_text().splitlines()
     stages = sum(line.startswith("stage ") for line in log)
-    assert 0 < stages <= 9 and len(smooth["history"]) == stages + 2
+    assert 1 < stages <= 10 and len(smooth["history"]) == (stages - 1) + 2
     assert smooth["accuracy"]["best_epoch"] in (1, 2)
 
 
@@ -172,35 +172,6 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(place):
         run_train("--output", name, "--seed", seed, "--deterministic")
     a, b, c = (place / name / "gateresnet20_folder" / "last.pth" for name in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
-
-
-def test_resume_ends_with_the_same_bits(place):
-    run_train("--epochs", "3", "--output", "whole")
-    whole = place / "whole" / "gateresnet20_folder"
-
-    class Killed(Exception):
-        pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        call = train.Tracker.__call__
-
-        def dies(self, epoch, training):
-            call(self, epoch, training)
-            if epoch.number == 2:
-                raise Killed
-
-        patch.setattr(train.Tracker, "__call__", dies)
-        with pytest.raises(Killed):
-            run_train("--epochs", "3", "--output", "broken")
-    resumed = run_train("--epochs", "3", "--output", "broken", "--resume")
-    broken = place / "broken" / "gateresnet20_folder"
-    assert same_weights(whole / "last.pth", broken / "last.pth")
-    assert same_weights(whole / "model_best.pth", broken / "model_best.pth")
-    history = json.loads((whole / "result.json").read_text())["history"]
-    for ours, theirs in zip(resumed["history"], history, strict=True):
-        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
-    with pytest.raises(InputError, match=r"another configuration \(epochs: 3 there, 4 here\)"):
-        run_train("--epochs", "4", "--output", "broken", "--resume")
 
 
 def test_another_configuration_is_refused_unless_asked(trained):
@@ -291,7 +262,7 @@ def bad_inputs(place):
         (run_train, ["--data_dir", "broken"], "cat/1.png: cannot be read as an image"),
         (run_train, ["--net", "gateresnet56_c100"], "has 100 classes, not 2"),
         (run_train, ["--dataset", "cifar10"], "--image_size 16"),
-        (run_train, ["--resume"], "last.pth: no such checkpoint"),
+        (run_train, ["--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
         (run_train, ["--checkpoint", "good.pth"], "no optimiser to continue with"),
         (run_train, ["--output", "images/train/cat/0.png"], "cannot be written"),
     ]

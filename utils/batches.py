@@ -84,8 +84,9 @@ class Batches:
         self.augment, self.seed, self.limit = augment, seed, limit
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw order and augmentation of an epoch."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Draw order and augmentation of an epoch, and begin it with a later batch."""
+        self.first_batch = first_batch
         n, places = self.images, 2 * self.padding + 1
         self.order = torch.arange(n)
         self.places = torch.zeros(n, 2, dtype=torch.long)
@@ -106,10 +107,11 @@ class Batches:
         return self.normalisation.apply(images), self.labels[indices]
 
     def _shares(self) -> list[Tensor]:
-        return split_batches(
+        shares = split_batches(
             self.order, self.batch_size, training=self.augment, limit=self.limit,
             rank=self.runtime.rank, ranks=self.runtime.world_size,
         )  # fmt: skip
+        return shares[self.first_batch :]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return map(self.pick, self._shares())

@@ -5,6 +5,7 @@ A checkpoint of ours is a dict of plain values and tensors, read with ``weights_
     format      "gfbs/1"
     network     net, num_classes, kept: what ``build_model`` and ``prune`` need to rebuild the shape
     state_dict  the weights, under the names of the unpruned network, without any wrapper's prefix
+    sha256      a checksum over everything else: torch's format does not notice a flipped bit
     ...         metadata: dataset, classes, normalisation, image_size, accuracy, epoch, ...
     training    only in last.pth: optimiser and schedule, to resume from
 """
@@ -12,6 +13,7 @@ A checkpoint of ours is a dict of plain values and tensors, read with ``weights_
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import ALIASES, NETWORKS, GatedModel, build_model
+from models import ALIASES, NETWORKS, GatedModel, build_model, check_network
 from utils.errors import InputError
 from utils.files import write_atomically
 from utils.pruning import PruningPlan
@@ -41,19 +43,47 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that tell one set of weights from another."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:12]
+        return checksum(self.model.state_dict())[:12]
 
 
-def save_checkpoint(path: str | Path, model: GatedModel, **meta: Any) -> None:
-    """Write a checkpoint of the bare ``model``; ``meta`` holds plain values and tensors."""
+def save_checkpoint(
+    path: str | Path, model: GatedModel, *, previous: str | Path | None = None, **meta: Any
+) -> None:
+    """Write a checkpoint of the bare ``model``; ``meta`` holds plain values and tensors.
+
+    With ``previous``, the file that was there goes on under that name.
+    """
     network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "network": network, "state_dict": state, **meta}
-    write_atomically(path, lambda file: torch.save(content, file))
+    content["sha256"] = checksum(content)
+    file = io.BytesIO()  # so that trouble with the disk is an OSError, and not torch's to word
+    torch.save(content, file)
+    write_atomically(path, lambda target: target.write(file.getbuffer()), previous=previous)
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 over tensors and plain values, with their types, shapes and order."""
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, Mapping):
+            digest.update(f"mapping {len(value)}".encode())
+            for key, entry in value.items():
+                feed(key)
+                feed(entry)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"sequence {len(value)}".encode())
+            for entry in value:
+                feed(entry)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+
+    feed(content)
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path) -> GatedModel:
@@ -116,13 +146,19 @@ def _read(path: Path) -> Any:
 def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     if content["format"] != FORMAT:
         raise InputError(f"of format {content['format']!r}; this version reads {FORMAT!r}")
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    if checksum(body) != content["sha256"]:
+        raise InputError("damaged: the checksum does not fit the content")
     network = content["network"]
     _check_expected(network["net"], net)
+    head = f"{NETWORKS[check_network(network['net'], list(NETWORKS))].func.head}.bias"
+    if network["num_classes"] != len(content["state_dict"][head]):  # before anything is built
+        raise InputError(f"damaged: {network['num_classes']} classes do not fit {head}")
     model = _build(network["net"], network["num_classes"])
     prune(model, PruningPlan(network["kept"]))
     _load_state(model, content["state_dict"])
     about_itself = ("format", "network", "state_dict")
-    return Checkpoint(model, {k: v for k, v in content.items() if k not in about_itself})
+    return Checkpoint(model, {k: v for k, v in body.items() if k not in about_itself})
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:

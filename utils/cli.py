@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from models import check_network
 from utils.distributed import leave
-from utils.errors import InputError
+from utils.errors import InputError, Interrupted, RunError
+from utils.signals import Signals
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,16 +52,33 @@ def _underscored(arg: str) -> str:
 def run_script(
     parse_args: Callable[..., argparse.Namespace], main: Callable[[argparse.Namespace], Any]
 ) -> int:
-    """Run a script; an ``InputError`` becomes one line on stderr. Returns the exit code."""
+    """Run a script and return its exit code.
+
+    2 for bad input, 1 for a run that cannot go on, 130 and 143 for SIGINT and SIGTERM, each with
+    one line on stderr.
+    """
     args = parse_args()
+    signals = Signals()
+    signals.install()
+    name = Path(sys.argv[0]).name
     try:
         main(args)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
+        return _say(2, f"{name}: error: {error}")
+    except RunError as error:
+        return _say(1, f"{name}: error: {error}")
+    except Interrupted as stop:
+        how = f"; continue with: {stop.resume_with}" if stop.resume_with else ""
+        return _say(128 + stop.signum, f"{name}: {stop}{how}")
     finally:
+        signals.restore()
         leave()
     return 0
+
+
+def _say(code: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return code
 
 
 def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str], Any]:

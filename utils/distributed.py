@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.gate import GatedModel
-from utils.errors import InputError
+from utils.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -74,18 +74,32 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def minimum(self, values: Tensor) -> Tensor:
+        """The least of a tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values
+
+    def most(self, value: int) -> int:
+        """The greatest of a number over all ranks, without waiting for a GPU."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value)  # on the CPU, so gloo carries it
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
     def on_main(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0; every rank gets the result, or raises the InputError."""
+        """Do something on rank 0; every rank gets the result, or raises the same error."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
-            except InputError as error:
-                outcome[1] = str(error)
+            except (InputError, RunError) as error:
+                outcome[1] = error
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise InputError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     @contextmanager
@@ -159,7 +173,7 @@ def select_runtime(
     if use:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use else "gloo")
     return Runtime(here, use[local : local + 1], dist.get_rank(), dist.get_world_size(), sync_bn)
 
 

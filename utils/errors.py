@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""How a script stops before its end: bad input, trouble on the way, or a signal."""
 
 
 class InputError(ValueError):
@@ -9,3 +9,19 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())  # what torch or Pillow said may have many lines
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: it diverged, or its disk is full. Exit code 1 and one line."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class Interrupted(Exception):
+    """A signal asked the script to stop. Exit code 128 + its number."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or "stopped by a signal")
+        self.signum = signum
+        self.resume_with = ""  # a command line, where there is something to continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,55 +14,13 @@ from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import Cost, model_cost
 from utils.distributed import Runtime
 from utils.errors import InputError
-from utils.finetune import Metrics, Recipe, evaluate, fit
+from utils.finetune import Metrics, evaluate, fit
 from utils.pruning import PruningPlan, select_channels
+from utils.recipes import Recipe, Recipes
 from utils.run import Run
 from utils.saliency import channel_saliency
-from utils.surgery import prune_in_stages
+from utils.surgery import prune, split_plan
 from utils.tracker import Tracker
-
-
-@dataclass(frozen=True)
-class Recipes:
-    """How to fine-tune: one shot, or (``--smooth``) after each stage of the cut and at the end."""
-
-    one_shot: Recipe
-    stage: Recipe
-    final: Recipe
-
-    def adapted(
-        self, epochs: int, stage_epochs: int | None, final_epochs: int | None, *changes: Any
-    ) -> Recipes:
-        """Other lengths, and the further arguments of ``Recipe.adapted`` in all three.
-
-        A stage whose length is None keeps its share of the one shot's ``epochs``, rounded up.
-        """
-
-        def in_proportion(recipe: Recipe, own: int | None) -> Recipe:
-            length = -(-recipe.epochs * epochs // self.one_shot.epochs) if own is None else own
-            return recipe.adapted(length, *changes)
-
-        return Recipes(
-            self.one_shot.adapted(epochs, *changes),
-            in_proportion(self.stage, stage_epochs),
-            in_proportion(self.final, final_epochs),
-        )
-
-
-# The published recipes for pruned networks on CIFAR.
-CIFAR_RECIPES = Recipes(
-    one_shot=Recipe(epochs=160, lr=0.01, weight_decay=5e-4, milestones=(60, 120), gamma=0.2),
-    stage=Recipe(epochs=30, lr=0.01, weight_decay=5e-4, milestones=(5, 10), gamma=0.1),
-    final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
-)
-
-
-# The published recipes for pruned networks on ImageNet.
-IMAGENET_RECIPES = Recipes(
-    one_shot=Recipe(epochs=120, lr=0.1, weight_decay=1e-4, milestones=(30, 60, 90), gamma=0.1),
-    stage=Recipe(epochs=10, lr=0.01, weight_decay=5e-4, milestones=(5, 8), gamma=0.1),
-    final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
-)
 
 
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
@@ -168,47 +125,75 @@ class Experiment:
         self.run.save_plan(plan)
         return plan
 
-    def fine_tune(self, model: GatedModel, recipe: Recipe) -> Tracker:
-        """Fine-tune a pruned network, log every epoch, and keep the best and the last."""
-        tracker = Tracker(self.run, model, recipe.epochs, self.meta)
-        self._fit(model, recipe, tracker)
-        return tracker
-
-    def fine_tune_in_stages(
-        self, model: GatedModel, plan: PruningPlan, recipes: Recipes
+    def fine_tune(
+        self,
+        model: GatedModel,
+        stages: Sequence[Stage],
+        story: Mapping[str, Any],
+        *,
+        every: int | None = None,
+        last: Checkpoint | None = None,
     ) -> Tracker:
-        """``--smooth``: cut a stage of the plan out of the whole ``model``, fine-tune, and so on.
+        """Go through the stages: cut what each says, and fine-tune by its recipe.
 
-        Then fine-tune the whole. Every stage has a fresh optimiser. Only the last one's checkpoints
-        are kept: before it, the network is not yet pruned.
+        Every stage has a fresh optimiser. model_best.pth is kept of the last stage only: before it,
+        the network is not yet pruned to the end.
+
+        Args:
+            model: the network before the first stage; with ``last``, whatever that file holds.
+            stages: see ``plan_stages``.
+            story, every: see ``Tracker``.
+            last: a checkpoint to continue from.
         """
-        stages = sum(1 for _ in prune_in_stages(copy.deepcopy(model), plan))
-        total = stages * recipes.stage.epochs + recipes.final.epochs
-        tracker = Tracker(self.run, model, total, self.meta)
-        for i, names in enumerate(prune_in_stages(model, plan), start=1):
-            self.run.log(f"stage {i}/{stages}: cut {', '.join(names)}")
-            tracker.start_stage(recipes.stage.epochs, keep=False)
-            self._fit(model, recipes.stage, tracker)
-        self.run.log("everything is cut: final fine-tuning")
-        tracker.start_stage(recipes.final.epochs)
-        self._fit(model, recipes.final, tracker)
+        total = sum(stage.recipe.epochs for stage in stages)
+        tracker = Tracker(self.run, self.runtime, model, total, self.meta, every=every, story=story)
+        resume = last.meta["training"] if last else None
+        for number, stage in enumerate(stages, start=1):
+            if resume and number < resume["stage"]:
+                continue
+            final = number == len(stages)
+            if resume:
+                tracker.continue_stage(resume, stage.recipe.epochs, final)
+            else:
+                prune(model, stage.plan)
+                tracker.start_stage(stage.recipe.epochs, final)
+                if len(stages) > 1:
+                    what = f"cut {', '.join(stage.plan.keep)}" if stage.plan.keep else "all is cut"
+                    self.run.log(f"stage {number}/{len(stages)}: {what}")
+            with self.run.signals.deferred():
+                fit(
+                    model, self.train, self.test, stage.recipe, self.runtime, watch=tracker,
+                    resume=resume, first_epoch=sum(s.recipe.epochs for s in stages[: number - 1]),
+                )  # fmt: skip
+            resume = None
         return tracker
 
-    def _fit(self, model: GatedModel, recipe: Recipe, tracker: Tracker) -> None:
-        fit(
-            model, self.train, self.test, recipe, self.runtime,
-            on_epoch=tracker, first_epoch=tracker.done,
-        )  # fmt: skip
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a plan, and how to fine-tune once it is cut."""
+
+    plan: PruningPlan
+    recipe: Recipe
+
+
+def plan_stages(
+    model: GatedModel, plan: PruningPlan, recipes: Recipes, smooth: bool
+) -> list[Stage]:
+    """One stage that cuts everything; or (``--smooth``) one per part, and a last that cuts nothing.
+
+    ``model`` is the network that the plan was made for.
+    """
+    if not smooth:
+        return [Stage(plan, recipes.one_shot)]
+    parts = [Stage(part, recipes.stage) for part in split_plan(model, plan)]
+    return [*parts, Stage(PruningPlan({}), recipes.final)]
 
 
 def pruning_result(
-    args: argparse.Namespace,
-    plan: PruningPlan,
-    before: Snapshot,
-    after: Snapshot,
-    tracker: Tracker,
+    args: argparse.Namespace, plan: PruningPlan, before: Snapshot, after: Snapshot
 ) -> dict[str, Any]:
-    """What result.json says: before and right after surgery, and after fine-tuning."""
+    """What result.json says before fine-tuning; ``with_fine_tuning`` adds the rest."""
     return {
         "net": args.net,
         "dataset": args.dataset,
@@ -219,13 +204,8 @@ def pruning_result(
         "accuracy": {
             "baseline": before.metrics.accuracy,
             "after_surgery": after.metrics.accuracy,
-            **tracker.accuracies("accuracy"),
         },
-        "top5": {
-            "baseline": before.metrics.top5,
-            "after_surgery": after.metrics.top5,
-            **tracker.accuracies("top5"),
-        },
+        "top5": {"baseline": before.metrics.top5, "after_surgery": after.metrics.top5},
         "cost": {
             "macs": {"before": before.cost.macs, "after": after.cost.macs},
             "params": {"before": before.cost.params, "after": after.cost.params},
@@ -235,5 +215,12 @@ def pruning_result(
             for name, width in before.widths.items()
         },
         "held_at_floor": list(plan.held_at_floor),
-        "history": tracker.history,
     }
+
+
+def with_fine_tuning(result: Mapping[str, Any], tracker: Tracker) -> dict[str, Any]:
+    """The result once fine-tuning is done."""
+    accuracies = {
+        kind: {**result[kind], **tracker.accuracies(kind)} for kind in ("accuracy", "top5")
+    }
+    return {**result, **accuracies, "history": tracker.history}

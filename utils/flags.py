@@ -10,8 +10,7 @@ from typing import Any
 from models import ALIASES, NETWORKS
 from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, weight
 from utils.data import DATASETS
-from utils.experiment import Recipes
-from utils.finetune import Cosine, Recipe
+from utils.recipes import Cosine, Recipe, Recipes
 from utils.saliency import CRITERIA
 
 # One flag reads best on one line, or on one and its help text.
@@ -169,8 +168,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_resume_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("resume").add_argument
     add("--resume", "-r", action="store_true",
-        help="continue from last.pth in the output folder, to the same bits as without the break")
-    add("--checkpoint", metavar="FILE", help="continue from this file; implies --resume")
+        help="continue from last.pth in the output folder, to the same bits as without the break;"
+             " start afresh where there is none")
+    add("--checkpoint_every", type=count, metavar="N",
+        help="write last.pth after every N batches, too, and not only after every epoch")
 
 
 # fmt: on
@@ -188,12 +189,9 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Only the last stage of ``--smooth`` leaves checkpoints, so there must be one."""
-    no_end = args.final_epochs == 0 or (args.final_epochs is None and args.epochs == 0)
-    if (
-        args.smooth
-        and no_end
-        and (args.smooth_epochs or (args.smooth_epochs is None and args.epochs))
-    ):
+    lengths = (args.epochs if n is None else n for n in (args.smooth_epochs, args.final_epochs))
+    stages, final = lengths
+    if args.smooth and stages and not final:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 
 
@@ -210,8 +208,8 @@ def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace)
 # Flags that say where and how a run computes, not what: runs that differ in nothing else are one
 # and the same experiment.
 NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "data_dir", "deterministic", "device", "gpu", "logdir",
-    "output", "overwrite", "resume", "workers",
+    "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "deterministic",
+    "device", "gpu", "logdir", "output", "overwrite", "resume", "workers",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Worker processes decode and augment in uint8; normalisation happens on the devic
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,8 @@ class FolderBatches:
         transform = crops.training() if augment else crops.evaluation()
         self.dataset = FolderImages(samples, transform, augment, seed)
         self.images, self.batch_size = len(samples), batch_size
-        self.runtime, self.workers, self.limit, self.epoch = runtime, workers, limit, 0
+        self.runtime, self.workers, self.limit = runtime, workers, limit
+        self.set_epoch(0)
         self.loader = self._loader(_Keys(self), persistent=True)
 
     def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
@@ -114,12 +116,13 @@ class FolderBatches:
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
             persistent_workers=persistent and self.workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # so that it leaves the global random state alone
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of an epoch."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order and the augmentation of an epoch, and begin it with a later batch."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def shares(self) -> list[Tensor]:
         """This rank's indices, batch by batch, in this epoch."""
@@ -127,10 +130,11 @@ class FolderBatches:
         if self.dataset.augment:
             stream = random_stream(self.dataset.seed, self.epoch)
             order = torch.randperm(self.images, generator=stream)
-        return split_batches(
+        shares = split_batches(
             order, self.batch_size, training=self.dataset.augment, limit=self.limit,
             rank=self.runtime.rank, ranks=self.runtime.world_size,
         )  # fmt: skip
+        return shares[self.first_batch :]
 
     def __len__(self) -> int:
         return len(self.shares())
@@ -152,6 +156,12 @@ class FolderBatches:
         keys = [[(self.epoch, index) for index in part] for part in _parts(indices)]
         images, labels = zip(*self._on_device(self._loader(keys)), strict=True)
         return torch.cat(images), torch.cat(labels)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; what becomes of it is the main one's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Keys:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,24 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from models.gate import GatedModel
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.distributed import Runtime
-from utils.errors import InputError
-from utils.files import write_atomically, write_json, write_text
+from utils.errors import InputError, Interrupted, RunError
+from utils.files import remove_leftovers, write_atomically, write_json, write_text
 from utils.finetune import Epoch
+from utils.lock import FolderLock
 from utils.pruning import PruningPlan
+from utils.signals import Signals
 
-RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json")
+PREVIOUS = "last_previous.pth"
+RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
 
 class Run:
     """Everything a run writes goes through here; no other experiment is written over.
+
+    The folder belongs to this process until it leaves the ``with`` block. Signals wait where
+    ``signals.deferred`` says so, and stop the run at once elsewhere.
 
     Of several ranks only rank 0 writes; on the others all methods do nothing.
 
@@ -39,7 +45,7 @@ class Run:
         config: what makes the experiment what it is; another one in the same folder is refused.
         runtime: which rank this is.
         overwrite: replace another experiment instead.
-        resume: go on with the log and the TensorBoard files that are there.
+        last: the checkpoint that this goes on from, with the log and the TensorBoard files.
 
     Raises InputError, on every rank, for a folder that holds another experiment, with what differs,
     or that cannot be written.
@@ -53,30 +59,43 @@ class Run:
         runtime: Runtime,
         *,
         overwrite: bool = False,
-        resume: bool = False,
+        last: Checkpoint | None = None,
     ):
         self.folder, self.config, self.writes = folder, dict(config), runtime.is_main
         self.began = time.perf_counter()
-        runtime.on_main(lambda: self._open(logdir, overwrite, resume))
+        self.signals = Signals()
+        self.board = self._log = None
+        runtime.on_main(lambda: self._open(logdir, overwrite, last))
 
-    def _open(self, logdir: Path, overwrite: bool, resume: bool) -> None:
+    def _open(self, logdir: Path, overwrite: bool, last: Checkpoint | None) -> None:
         changed = self._another_experiment()
         if changed and not overwrite:
             raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
+        self._lock = FolderLock(self.folder)
         with _writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        try:
+            self._open_files(logdir, bool(changed), last)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open_files(self, logdir: Path, replace: bool, last: Checkpoint | None) -> None:
+        with _writable(self.folder, "--output"):
             self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
         with _writable(logdir, "--logdir"):
-            if not resume:
-                for events in logdir.glob("events.out.tfevents.*"):
-                    events.unlink()
-            self.board = SummaryWriter(str(logdir))
+            done = len(last.meta["training"]["history"]) if last else 0
+            for events in () if last else logdir.glob("events.out.tfevents.*"):
+                events.unlink()
+            # What a run wrote after the checkpoint that it goes on from is purged.
+            self.board = SummaryWriter(str(logdir), purge_step=done + 1 if last else None)
         with _writable(self.folder, "--output"):
-            if changed:
-                for name in RESULTS:
-                    (self.folder / name).unlink(missing_ok=True)
+            for name in RESULTS if replace else ():
+                (self.folder / name).unlink(missing_ok=True)
+            remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
-            if not resume:
+            if not last:
                 self._log.truncate(0)
 
     def _another_experiment(self) -> str:
@@ -92,20 +111,44 @@ class Run:
         return f"{self.folder} holds a run of another configuration ({changed})" if changed else ""
 
     def __enter__(self) -> Run:
+        self.signals.install()
         self.log(f"$ {command_line()}")
+        if self.writes and self._lock.took_over:
+            self.log(f"took the folder over from {self._lock.took_over}, which is gone")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        self.signals.restore()
         if self.writes:
-            self.board.close()
-            self._log.close()
+            self._close()
+        if isinstance(error, Interrupted):
+            error.resume_with = f"{command_line().replace(' --resume', '')} --resume"
+
+    def _close(self) -> None:
+        for file in (self.board, self._log):
+            if file is not None:
+                with suppress(OSError):  # a full disk has been told of already
+                    file.close()
+        self._lock.release()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written while the run goes on ends it, in one line."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.folder} cannot be written any more ({error}); the checkpoints that are"
+                " there are whole: make room and continue with --resume"
+            ) from error
 
     def log(self, text: str) -> None:
         """Print, and keep in log.txt."""
         if self.writes:
             print(text, flush=True)
-            self._log.write(text + "\n")
-            self._log.flush()
+            with self._writing():
+                self._log.write(text + "\n")
+                self._log.flush()
 
     def log_epoch(self, epoch: Epoch, epochs: int, step: int, seconds_left: float) -> None:
         """One line, and TensorBoard scalars at ``step``, the epochs since the run began."""
@@ -117,32 +160,44 @@ class Run:
             f"  test {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
             f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
+        scalars = {"lr": epoch.lr, "images_per_second": epoch.images_per_second}
         for part, metrics in (("train", epoch.train), ("test", epoch.test)):
-            self.board.add_scalar(f"loss/{part}", metrics.loss, step)
-            self.board.add_scalar(f"accuracy/{part}", metrics.accuracy, step)
-        self.board.add_scalar("lr", epoch.lr, step)
-        self.board.add_scalar("images_per_second", epoch.images_per_second, step)
+            scalars |= {f"loss/{part}": metrics.loss, f"accuracy/{part}": metrics.accuracy}
+        with self._writing():
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
 
     def log_saliency(self, saliency: Mapping[str, Tensor]) -> None:
         """A TensorBoard histogram of every group's scores."""
-        for name, scores in saliency.items() if self.writes else ():
-            self.board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+        with self._writing():
+            for name, scores in saliency.items() if self.writes else ():
+                self.board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
 
     def save_plan(self, plan: PruningPlan) -> None:
         """Write plan.json."""
         if self.writes:
-            write_text(self.folder / "plan.json", plan.to_json())
+            with self._writing():
+                write_text(self.folder / "plan.json", plan.to_json())
 
     def save(self, name: str, model: GatedModel, **meta: Any) -> None:
         """Write a checkpoint of the bare model into the folder."""
         if self.writes:
-            save_checkpoint(self.folder / name, model, config=self.config, **meta)
+            with self._writing():
+                save_checkpoint(self.folder / name, model, config=self.config, **meta)
+
+    def save_last(self, model: GatedModel, **meta: Any) -> None:
+        """Write last.pth, and keep the one before as last_previous.pth."""
+        if self.writes:
+            path, previous = self.folder / "last.pth", self.folder / PREVIOUS
+            with self._writing():
+                save_checkpoint(path, model, config=self.config, previous=previous, **meta)
 
     def adopt(self, other: Path, name: str) -> None:
-        """Take a file of a run that goes on here along from its folder, unless this is it."""
-        if self.writes and not (self.folder / name).exists():
-            content = (other / name).read_bytes()
-            write_atomically(self.folder / name, lambda file: file.write(content))
+        """Take along a file of the folder that a run comes from, in or beside ``other``."""
+        source = (other if other.is_dir() else other.parent) / name
+        if self.writes and source.is_file() and not (self.folder / name).exists():
+            with self._writing():
+                write_atomically(self.folder / name, lambda file: file.write(source.read_bytes()))
 
     def save_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json: the result, and what it takes to get it again."""
@@ -154,7 +209,8 @@ class Run:
             "wall_time_seconds": round(time.perf_counter() - self.began, 1),
         }
         if self.writes:
-            write_json(self.folder / "result.json", record)
+            with self._writing():
+                write_json(self.folder / "result.json", record)
         self.log(f"took {format_seconds(record['wall_time_seconds'])}; results in {self.folder}")
         return record
 
@@ -166,6 +222,37 @@ def _writable(place: Path, flag: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
+
+
+def load_last(folder: Path, net: str) -> Checkpoint | None:
+    """last.pth of a folder, or the one before where the newest does not load; None without any.
+
+    Raises InputError where none of them loads.
+    """
+    paths = [path for path in (folder / "last.pth", folder / PREVIOUS) if path.exists()]
+    for path in paths:
+        try:
+            return load_resumable(path, net)
+        except InputError as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; going on from the one before", file=sys.stderr)
+    return None
+
+
+def load_resumable(path: Path, net: str) -> Checkpoint:
+    """A checkpoint with all it takes to continue; InputError otherwise."""
+    last = load_checkpoint(path, net)
+    if not {"training", "config"} <= last.meta.keys():
+        raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
+    return last
+
+
+def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Raise InputError, with what differs, where the flags are not those of the run so far."""
+    changed = differences(last.meta["config"], config)
+    if changed:
+        raise InputError(f"--resume: that run has another configuration ({changed})")
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

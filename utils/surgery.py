@@ -7,7 +7,6 @@ Two small functions do it all, dispatched on the type of the layer: ``keep_outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import singledispatch
 
 import torch
@@ -41,18 +40,16 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
     return model
 
 
-def prune_in_stages(model: GatedModel, plan: PruningPlan) -> Iterator[tuple[str, ...]]:
-    """Cut ``plan`` out of ``model`` stage by stage, as the network's ``pruning_stages`` say.
+def split_plan(model: GatedModel, plan: PruningPlan) -> list[PruningPlan]:
+    """The parts of ``plan`` that the network's ``pruning_stages`` cut, one after the other.
 
-    Yields the names of the groups that were just cut; a group that loses nothing is left out, and
-    so is a stage of such.
+    ``model`` is the network before the first. What loses nothing is in no part.
     """
-    plan = plan.losses(model.group_widths())
-    for stage in model.pruning_stages():
-        losing = {name: plan.keep[name] for name in stage if name in plan.keep}
-        if losing:
-            prune(model, PruningPlan(losing))
-            yield tuple(losing)
+    losing = plan.losses(model.group_widths()).keep
+    parts = (
+        {name: losing[name] for name in stage if name in losing} for stage in model.pruning_stages()
+    )
+    return [PruningPlan(part) for part in parts if part]
 
 
 @singledispatch

@@ -1,0 +1,314 @@
+"""Nothing lost: runs that are killed, interrupted, starved of disk or fed the wrong file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from kill import final_weights, kill_at_random_moments, pipeline, run_pipeline
+from test_scripts import COMMON, files, place, run_gfbs, run_train, same_weights, trained  # noqa: F401
+
+from utils import files as files_module
+from utils.checkpoint import load_checkpoint
+from utils.errors import InputError, Interrupted, RunError
+from utils.files import write_atomically
+from utils.lock import FolderLock
+from utils.tracker import Tracker, random_state, set_random_state
+
+ROOT = Path(__file__).parents[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_after(monkeypatch, moments, method="after_batch"):
+    """Let a run die when it has done so many batches (or epochs) and saved what it would save."""
+    call, seen = getattr(Tracker, method), []
+
+    def dies(self, *args):
+        call(self, *args)
+        seen.append(args)
+        if len(seen) == moments:
+            raise Killed
+
+    monkeypatch.setattr(Tracker, method, dies)
+
+
+SMOOTH = ["--smooth", "--smooth_epochs", "1", "--final_epochs", "2", "--p", "0.5"]
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 7])
+@pytest.mark.parametrize("script", ["train", "one shot", "smooth"])
+def test_a_run_continues_to_the_same_bits(trained, monkeypatch, script, moment):  # noqa: F811
+    """Batches of 8 of 18 images, saved after every other one, so also in mid-epoch."""
+    start = {"train": run_train, "one shot": run_gfbs, "smooth": run_gfbs}[script]
+    argv = {"train": ["--epochs", "3"], "one shot": ["--epochs", "3"], "smooth": SMOOTH}[script]
+    argv = [*argv, "--checkpoint_every", "2"]
+    if script != "train":
+        argv += ["--checkpoint", str(trained)]
+    whole = start(*argv, "--output", "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, moment)
+        with pytest.raises(Killed):
+            start(*argv, "--output", "broken")
+    resumed = start(*argv, "--output", "broken", "--resume")
+    for path in Path("whole").rglob("*.pth"):
+        if path.name != "last_previous.pth":
+            assert same_weights(path, Path("broken") / path.relative_to("whole")), path
+    assert resumed["accuracy"] == whole["accuracy"]
+    for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
+        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+    if script != "train":
+        assert resumed["channels"] == whole["channels"]
+
+
+def test_with_nothing_to_resume_from_it_starts_afresh_and_says_so(trained, capsys):  # noqa: F811
+    run_train("--output", "new", "--resume")
+    run_gfbs("--epochs", "1", "--resume")
+    assert capsys.readouterr().out.count("nothing to resume from: starting afresh") == 2
+
+
+def test_another_configuration_is_refused_with_what_differs(trained):  # noqa: F811
+    with pytest.raises(InputError, match=r"another configuration \(epochs: 2 there, 4 here\)"):
+        run_train("--epochs", "4", "--resume")
+    run_gfbs("--p", "0.5")
+    with pytest.raises(InputError, match="lr: None there, 0.5 here"):
+        run_gfbs("--p", "0.5", "--lr", "0.5", "--resume")
+    run_train("--output", "twin", "--seed", "5")
+    with pytest.raises(InputError, match="baseline: "):
+        run_gfbs("--p", "0.5", "--checkpoint", "twin", "--resume")
+
+
+def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1, "after_epoch")
+        with pytest.raises(Killed):
+            run_train("--output", "old", "--epochs", "2")
+    run_train("--checkpoint", "old/gateresnet20_folder", "--output", "new", "--epochs", "2")
+    new = Path("new/gateresnet20_folder")
+    assert same_weights(new / "last.pth", trained / "last.pth")
+    assert same_weights(new / "model_best.pth", trained / "model_best.pth")
+
+
+def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):  # noqa: F811
+    last = trained / "last.pth"
+    content = bytearray(last.read_bytes())
+    before = load_checkpoint(last).model.state_dict()
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    run_train("--resume")
+    assert "going on from the one before" in capsys.readouterr().err
+    after = load_checkpoint(last).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_number_of_ranks_is_warned_of(trained, capsys):  # noqa: F811
+    last = load_checkpoint(trained / "last.pth")
+    from utils.checkpoint import save_checkpoint
+
+    meta = {k: v for k, v in last.meta.items() if k != "training"}
+    save_checkpoint(
+        trained / "last.pth", last.model, **meta, training={**last.meta["training"], "ranks": 2}
+    )
+    run_train("--resume")
+    assert "warning: 2 ranks began this run and 1 continue it" in capsys.readouterr().out
+
+
+def test_random_streams_come_back():
+    state = random_state()
+    drawn = torch.rand(3), np.random.rand(3), __import__("random").random()
+    torch.rand(7), np.random.rand(7)
+    saved = torch.load(_saved(state), weights_only=True)
+    set_random_state(saved)
+    again = torch.rand(3), np.random.rand(3), __import__("random").random()
+    assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all()
+    assert drawn[2] == again[2]
+
+
+def _saved(state):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):  # noqa: F811
+    run_train("--epochs", "3", "--output", "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        call, seen = Tracker.after_batch, []
+
+        def interrupted(self, batch, state):
+            seen.append(batch)
+            if len(seen) == 4:
+                os.kill(os.getpid(), signum)
+            call(self, batch, state)
+
+        patch.setattr(Tracker, "after_batch", interrupted)
+        with pytest.raises(Interrupted) as stop:
+            run_train("--epochs", "3", "--output", "broken")
+    assert stop.value.signum == signum and stop.value.resume_with.endswith(" --resume")
+    assert len(seen) == 4
+    training = load_checkpoint("broken/gateresnet20_folder/last.pth").meta["training"]
+    assert (training["epoch"], training["batch"]) == (1, 1)
+    run_train("--epochs", "3", "--output", "broken", "--resume")
+    name = "gateresnet20_folder/last.pth"
+    assert same_weights(f"whole/{name}", f"broken/{name}")
+    assert not Path("broken/gateresnet20_folder/lock").exists()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_code_names_the_signal(tmp_path, signum, code):
+    command = [sys.executable, ROOT / "train.py", "--net", "gateresnet20", "--dataset", "synthetic"]
+    running = subprocess.Popen(
+        [*command, "--device", "cpu", "--checkpoint_every", "1", "--bs", "16"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    last = tmp_path / "checkpoints" / "gateresnet20_synthetic" / "last.pth"
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signum)
+    _, shown = running.communicate(timeout=100)
+    assert running.returncode == code
+    assert "continue with: python" in shown and shown.rstrip().endswith("--resume")
+    assert "Traceback" not in shown
+    load_checkpoint(last)
+
+
+# Disks
+
+
+def full_disk(file):
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(place, monkeypatch):  # noqa: F811
+    run_train("--epochs", "2", "--output", "whole")
+    original = files_module.write_atomically
+    with pytest.MonkeyPatch.context() as patch:
+        count = [0]
+
+        def fills_up(path, write, **options):
+            count[0] += Path(path).name == "last.pth"
+            original(path, full_disk if count[0] == 2 else write, **options)
+
+        patch.setattr("utils.checkpoint.write_atomically", fills_up)
+        with pytest.raises(
+            RunError, match="No space left on device.*continue with --resume"
+        ) as error:
+            run_train("--epochs", "2", "--output", "full")
+    assert "\n" not in str(error.value)
+    folder = Path("full/gateresnet20_folder")
+    assert load_checkpoint(folder / "last.pth").meta["training"]["epoch"] == 1
+    assert not list(folder.glob(".*"))
+    run_train("--epochs", "2", "--output", "full", "--resume")
+    assert same_weights(folder / "last.pth", "whole/gateresnet20_folder/last.pth")
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
+    path, previous = tmp_path / "last.pth", tmp_path / "last_previous.pth"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, full_disk, previous=previous)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+    write_atomically(path, lambda file: file.write(b"new"), previous=previous)
+    assert (path.read_text(), previous.read_text()) == ("new", "old")
+    write_atomically(path, lambda file: file.write(b"newer"), previous=previous)
+    assert (path.read_text(), previous.read_text()) == ("newer", "new")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--logdir"])
+def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):  # noqa: F811
+    Path("file").write_text("in the way")
+    with pytest.raises(InputError, match=f"file.*cannot be written .*see {flag}"):
+        run_train(flag, "file")
+    run_train("--output", "good")
+    before = files(Path("good/gateresnet20_folder"))
+    with pytest.raises(InputError, match="cannot be written"):
+        run_train("--output", "good", "--logdir", "file", "--lr", "0.3", "--overwrite")
+    assert files(Path("good/gateresnet20_folder")) == before
+
+
+# Two runs, one folder
+
+
+def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(trained, capsys):  # noqa: F811
+    lock = trained / "lock"
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    lock.write_text(json.dumps({"pid": sleeper.pid, "host": socket.gethostname()}))
+    with pytest.raises(InputError, match=f"in use by process {sleeper.pid} on "):
+        run_train("--resume")
+    sleeper.kill()
+    sleeper.wait()
+    run_train("--resume")
+    assert f"took the folder over from process {sleeper.pid}" in capsys.readouterr().out
+    assert not lock.exists()
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(InputError, match=r"process 1 on elsewhere.* delete .*lock"):
+        run_train("--resume")
+    lock.write_text("")  # its owner was killed while writing it
+    run_train("--resume")
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    first = FolderLock(tmp_path)
+    first.acquire()
+    taken = subprocess.run(
+        [sys.executable, "-c", "import sys; from pathlib import Path;"
+         "from utils.lock import FolderLock; FolderLock(Path(sys.argv[1])).acquire()", tmp_path],
+         "FolderLock(Path(sys.argv[1])).acquire()", tmp_path],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert f"in use by process {os.getpid()}" in taken.stderr
+    first.release()
+    assert not list(tmp_path.iterdir())
+
+
+# Kill -9
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(tmp_path):
+    """The same as ``make kill``, with fewer kills."""
+    run_pipeline(pipeline(tmp_path / "whole"), tmp_path)
+    kills = kill_at_random_moments(pipeline(tmp_path / "killed"), tmp_path, kills=3, seed=0)
+    assert kills == 3
+    whole, killed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys() and len(whole) > 3
+    for name in whole:
+        assert torch.equal(whole[name], killed[name]), name
+
+
+def test_two_ranks_killed_end_with_the_same_bits(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--")
+    run_pipeline(pipeline(tmp_path / "whole", torchrun), tmp_path)
+    assert kill_at_random_moments(pipeline(tmp_path / "killed", torchrun), tmp_path, 2, seed=1) == 2
+    whole, killed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_poisoned_weights_are_refused_with_the_layers_name(place):  # noqa: F811
+    from utils.checkpoint import save_checkpoint
+
+    model = random_model("gateresnet20", 2)
+    model.layer1[0].bn1.bias.data[2] = float("nan")
+    save_checkpoint("poisoned.pth", model)
+    with pytest.raises(InputError, match=r"layer1\.0\.gate1 is not finite|cannot be scored"):
+        run_gfbs("--checkpoint", "poisoned.pth")
