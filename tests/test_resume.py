@@ -274,7 +274,6 @@ def test_a_lock_is_held_by_one(tmp_path):
     taken = subprocess.run(
         [sys.executable, "-c", "import sys; from pathlib import Path;"
          "from utils.lock import FolderLock; FolderLock(Path(sys.argv[1])).acquire()", tmp_path],
-         "FolderLock(Path(sys.argv[1])).acquire()", tmp_path],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert f"in use by process {os.getpid()}" in taken.stderr
