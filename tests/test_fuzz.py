@@ -113,9 +113,12 @@ def test_pickles_that_would_run_code_do_not(tmp_path, original, monkeypatch):
     _, content, model = original
     monkeypatch.chdir(tmp_path)
     calls = [
-        Hostile(os.mkdir, "ran"), Hostile(os.system, "mkdir ran"), Hostile(eval, "open('ran', 'w')"),
-        Hostile(exec, "import os; os.mkdir('ran')"), Hostile(subprocess.call, ["mkdir", "ran"]),
-    ]  # fmt: skip
+        Hostile(os.mkdir, "ran"),
+        Hostile(os.system, "mkdir ran"),
+        Hostile(eval, "open('ran', 'w')"),
+        Hostile(exec, "import os; os.mkdir('ran')"),
+        Hostile(subprocess.call, ["mkdir", "ran"]),
+    ]
     for call in calls:
         for legacy in (False, True):
             for place in ("training", "network", "state_dict", "new"):

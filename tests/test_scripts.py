@@ -278,12 +278,21 @@ def test_bad_input_is_one_line_and_writes_nothing(place):
         assert snapshot(place) == before, argv
 
 
-@pytest.mark.parametrize("script", ["train.py", "gfbs_cifar.py"])
-def test_scripts_leave_with_code_2_and_one_line(place, script):
-    command = [sys.executable, ROOT / script, *COMMON, "--data_dir", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "script, argv",
+    [
+        ("train.py", [*COMMON, "--data_dir", "nowhere"]),
+        ("gfbs_cifar.py", [*COMMON, "--data_dir", "nowhere"]),
+        ("gfbs_imagenet.py", ["--data_dir", "images", "--device", "cpu"]),
+        ("prepare_torch_imagenet_models.py", ["--checkpoint", "nowhere.pth", "--device", "cpu"]),
+    ],
+)
+def test_scripts_leave_with_code_2_and_one_line(place, script, argv):
+    before = snapshot(place)
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
+    assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("script", [train, gfbs_cifar])
