@@ -11,7 +11,6 @@ last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_se
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +24,11 @@ from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     Experiment,
     load_baseline,
-    plan_stages,
-    pruning_result,
-    with_fine_tuning,
 )
 from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
-from utils.pruning import PruningPlan
 from utils.recipes import IMAGENET_RECIPES
 from utils.report import result_table
-from utils.run import Run, check_same_run, load_last
-from utils.surgery import prune
+from utils.run import Run, load_last
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,9 +67,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     name = f"{args.net}/{flags.run_name(args)}"
     folder, logdir = Path(args.output) / name, Path(args.logdir) / name
     config = flags.configuration(args, classes, baseline.digest)
-    last = load_last(folder, args.net) if args.resume else None
-    if last:
-        check_same_run(last, config)
+    last = load_last(folder, args.net, config, runtime) if args.resume else None
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         crops = Crops.for_baseline(args.image_size, baseline.meta)
         train, val = (
@@ -90,32 +82,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         meta = folder_metadata(crops, baseline.meta.get("source"), classes)
         experiment = Experiment(run, runtime, train, val, args.image_size, meta)
-
-        model = baseline.model.to(runtime.device)
-        if last:
-            story = last.meta["training"]["story"]
-            plan, result = PruningPlan(story["plan"]), story["result"]
-        else:
-            if args.resume:
-                run.log("nothing to resume from: starting afresh")
-            before = experiment.measure(model)
-            run.log(f"baseline: {args.net}, {len(classes)} classes, {before}; {runtime}")
-
-            plan = experiment.choose_channels(model, args)
-            pruned = prune(copy.deepcopy(model), plan)
-            after = experiment.measure(pruned)
-            run.log(f"after surgery: {after}")
-            run.save("pruned.pth", pruned, **meta, accuracy=after.metrics.accuracy)
-            result = pruning_result(args, plan, before, after)
-
-        tracker = experiment.fine_tune(
-            last.model if last else model,
-            plan_stages(model, plan, recipes, args.smooth),
-            {"plan": plan.keep, "result": result},
-            every=args.checkpoint_every,
-            last=last,
-        )
-        result = with_fine_tuning(result, tracker)
+        result = experiment.prune_and_fine_tune(baseline.model, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network
-    last = None
-    if args.resume or args.checkpoint:
-        last = find_last(args.checkpoint, folder, args.net)
     with runtime.main_first():
         data = load_data(args.dataset, args.data_dir, args.image_size)
     config = flags.configuration(args, data.classes)
@@ -69,8 +66,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:  # an alias of 100 classes, another number of folders
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
+    last = None
+    if args.checkpoint:
+        last = load_named(Path(args.checkpoint), args.net, config)
+    elif args.resume:
+        last = load_last(folder, args.net, config, runtime)
     if last:
-        check_same_run(last, config)
         model.load_state_dict(last.model.state_dict())
 
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
@@ -85,8 +86,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         experiment = Experiment(
             run, runtime, train, test, args.image_size, data.metadata(args.dataset)
         )
-        if args.resume and not last:
-            run.log("nothing to resume from: starting afresh")
         if args.checkpoint:
             run.adopt(Path(args.checkpoint), "model_best.pth")
         stages = [Stage(PruningPlan({}), recipe)]
@@ -103,15 +102,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
 
 
-def find_last(named: str | None, folder: Path, net: str) -> Checkpoint | None:
-    """What to continue from: the file or folder that was named, or last.pth of the output folder.
-
-    Raises InputError for one that was named and is not there.
-    """
-    if named is None:
-        return load_last(folder, net)
-    path = Path(named) / "last.pth" if Path(named).is_dir() else Path(named)
-    return load_resumable(path, net)
+def load_named(path: Path, net: str, config: Mapping[str, Any]) -> Checkpoint:
+    """What --checkpoint names: a last.pth, or the folder of one."""
+    return check_same_run(load_resumable(path / "last.pth" if path.is_dir() else path, net), config)
 
 
 if __name__ == "__main__":

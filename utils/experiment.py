@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,46 @@ class Experiment:
     test: Any
     image_size: int
     meta: Mapping[str, Any]
+
+    def prune_and_fine_tune(
+        self,
+        baseline: GatedModel,
+        args: argparse.Namespace,
+        recipes: Recipes,
+        last: Checkpoint | None,
+    ) -> dict[str, Any]:
+        """The story of a pruning script: score, select, cut, measure, fine-tune.
+
+        Args:
+            baseline: the network to prune; it is the pruned one afterwards.
+            args: what the command line says.
+            recipes: how to fine-tune.
+            last: a checkpoint of this run to continue from; what comes before it is not done again.
+
+        Returns what result.json says.
+        """
+        model = baseline.to(self.runtime.device)
+        if last:
+            story = last.meta["training"]["story"]
+            plan, result = PruningPlan(story["plan"]), story["result"]
+        else:
+            before = self.measure(model)
+            self.run.log(f"baseline: {args.net} on {args.dataset}, {before}; {self.runtime}")
+            plan = self.choose_channels(model, args)
+            pruned = prune(copy.deepcopy(model), plan)
+            after = self.measure(pruned)
+            self.run.log(f"after surgery: {after}")
+            self.run.save("pruned.pth", pruned, **self.meta, accuracy=after.metrics.accuracy)
+            result = pruning_result(args, plan, before, after)
+
+        tracker = self.fine_tune(
+            last.model if last else model,
+            plan_stages(model, plan, recipes, args.smooth),
+            {"plan": plan.keep, "result": result},
+            every=args.checkpoint_every,
+            last=last,
+        )
+        return with_fine_tuning(result, tracker)
 
     def measure(self, model: GatedModel) -> Snapshot:
         """Evaluate a network and count what it costs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -194,7 +195,10 @@ def fit(
             watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
         tally.check(where)
         trained, seconds = tally.metrics(), time.perf_counter() - began
-        scheduler.step()
+        with warnings.catch_warnings():
+            # An epoch that is resumed behind its last batch has no step of the optimiser left.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()
         batch, sums = 0, None
         tested = evaluate(model, test, runtime)
         history.append(Epoch(epoch + 1, lr, trained, tested, trained.images / seconds))

@@ -224,19 +224,25 @@ def _writable(place: Path, flag: str) -> Iterator[None]:
         raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
 
 
-def load_last(folder: Path, net: str) -> Checkpoint | None:
-    """last.pth of a folder, or the one before where the newest does not load; None without any.
+def load_last(
+    folder: Path, net: str, config: Mapping[str, Any], runtime: Runtime
+) -> Checkpoint | None:
+    """last.pth of a run, or the one before where the newest does not load; None without any.
 
-    Raises InputError where none of them loads.
+    Raises InputError where none of them loads, or where the run has another configuration.
     """
     paths = [path for path in (folder / "last.pth", folder / PREVIOUS) if path.exists()]
     for path in paths:
         try:
-            return load_resumable(path, net)
+            last = load_resumable(path, net)
         except InputError as error:
             if path == paths[-1]:
                 raise
             print(f"{error}; going on from the one before", file=sys.stderr)
+        else:
+            return check_same_run(last, config)
+    if runtime.is_main:
+        print("nothing to resume from: starting afresh")
     return None
 
 
@@ -248,11 +254,12 @@ def load_resumable(path: Path, net: str) -> Checkpoint:
     return last
 
 
-def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> None:
+def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     """Raise InputError, with what differs, where the flags are not those of the run so far."""
     changed = differences(last.meta["config"], config)
     if changed:
         raise InputError(f"--resume: that run has another configuration ({changed})")
+    return last
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
