@@ -126,7 +126,7 @@ def test_a_rank_takes_its_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     runtime = select_runtime("auto", (2, 3), sync_bn=True)
     assert runtime == Runtime(torch.device("cuda", 3), (3,), 5, 8, sync_bn=True)
-    assert started == ["nccl"]
+    assert started == ["cpu:gloo,cuda:nccl"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match=r"more ranks than there are GPUs \(2\)"):
         select_runtime("auto", (2, 3))
