@@ -96,6 +96,7 @@ def test_a_rank_that_dies_ends_the_job(place):
     done = launch(2, "gfbs_cifar", place, *argv, GFBS_TEST_DIES="1")
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
+    assert "another rank has died or left" in done.stderr and "[rank0]" not in done.stderr
 
 
 def test_shares_make_up_the_batches_of_one_process():

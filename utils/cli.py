@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import check_network
-from utils.distributed import leave
+from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.signals import Signals
 
@@ -67,6 +67,10 @@ def run_script(
         return _say(2, f"{name}: error: {error}")
     except RunError as error:
         return _say(1, f"{name}: error: {error}")
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        return _say(1, f"{name}: error: another rank has died or left, so this one stops")
     except Interrupted as stop:
         how = f"; continue with: {stop.resume_with}" if stop.resume_with else ""
         return _say(128 + stop.signum, f"{name}: {stop}{how}")

@@ -177,6 +177,12 @@ def select_runtime(
     return Runtime(here, use[local : local + 1], dist.get_rank(), dist.get_world_size(), sync_bn)
 
 
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error is that of a rank whose peers have died or left."""
+    said = str(error).lower()
+    return dist.is_initialized() and any(word in said for word in ("gloo", "nccl", "connection"))
+
+
 def leave() -> None:
     """Take leave of the other ranks, where there are any."""
     if dist.is_initialized():

@@ -211,7 +211,7 @@ def _bar(batches: Any, title: str, tally: _Tally) -> Iterable[tuple[Tensor, Tens
     if not (tally.runtime.is_main and sys.stderr.isatty()):
         yield from batches
         return
-    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+    layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
     with tqdm(batches, title, leave=False, dynamic_ncols=True, bar_format=layout) as bar:
         shown = began = time.perf_counter()
         for batch in bar:
