@@ -53,8 +53,8 @@ class Runtime:
         if self.world_size > 1:
             if self.sync_bn:
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, for all but the root
-            # Buffers are left alone here: ``sync_buffers`` sends rank 0's where they are read.
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            # Not at every batch: ``sync_buffers`` sends rank 0's where they are read.
+            return DistributedDataParallel(model, forward_sync_buffers=False)
         return self.for_evaluation(model)
 
     def for_evaluation(self, model: GatedModel) -> nn.Module:
