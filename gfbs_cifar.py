@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, network, args.net)
-    with runtime.main_first():
-        data = load_data(args.dataset, args.data_dir, args.image_size).normalised_as(baseline.meta)
+    data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
+    data = data.normalised_as(baseline.meta)
     check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
     recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
     seed_everything(args.seed, args.deterministic)

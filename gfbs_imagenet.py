@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         meta = folder_metadata(crops, baseline.meta.get("source"), classes)
         experiment = Experiment(run, runtime, train, val, args.image_size, meta)
-        result = experiment.prune_and_fine_tune(baseline.model, args, recipes, last)
+        with closing(train), closing(val):
+            result = experiment.prune_and_fine_tune(baseline.model, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

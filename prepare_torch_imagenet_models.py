@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -49,8 +50,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     crops = Crops(weights.transforms().crop_size[0], weights.transforms().resize_size[0])
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
 
-    with runtime.main_first():
-        state = read_state_dict(args.checkpoint) if args.checkpoint else download(weights)
+    state = runtime.main_first(
+        lambda: read_state_dict(args.checkpoint) if args.checkpoint else download(weights)
+    )
     source = args.checkpoint or weights.url
     model, difference = convert(args.net, state, source)
     report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
@@ -66,11 +68,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     batches = FolderBatches(
         val[0], args.batch_size, crops, runtime, workers=args.workers, limit=args.limit_val_batches
     )
-    measured = evaluate(model, batches, runtime)
+    with closing(batches):
+        measured = evaluate(model, batches, runtime)
     report(runtime, f"measured on {measured.images} images of {args.data_dir}/val: "
                     f"top-1 {measured.accuracy:.3f} %, top-5 {measured.top5:.3f} %")  # fmt: skip
-    if not args.checkpoint:
-        report(runtime, published(weights))
+    report(runtime, published(weights))
     return {"accuracy": measured.accuracy, "top5": measured.top5, "images": measured.images}
 
 
@@ -89,7 +91,7 @@ def find_weights(net: str, name: str) -> WeightsEnum:
 
 def published(weights: WeightsEnum) -> str:
     figures = weights.meta["_metrics"]["ImageNet-1K"]
-    return (f"torchvision publishes, on all 50000 images of ImageNet's val: "
+    return (f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val: "
             f"top-1 {figures['acc@1']:.3f} %, top-5 {figures['acc@5']:.3f} %")  # fmt: skip
 
 
@@ -140,7 +142,10 @@ def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]
         if load_checkpoint(path).digest == Checkpoint(model, {}).digest:
             return
         raise InputError(f"{path} holds other weights; use --overwrite to replace them")
-    save_checkpoint(path, model, **meta)
+    try:
+        save_checkpoint(path, model, **meta)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); see --output") from error
 
 
 if __name__ == "__main__":

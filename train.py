@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network
-    with runtime.main_first():
-        data = load_data(args.dataset, args.data_dir, args.image_size)
+    data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
     config = flags.configuration(args, data.classes)
     seed_everything(args.seed, args.deterministic)
     try:
@@ -68,7 +67,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cost = model_cost(model, args.image_size)
     last = None
     if args.checkpoint:
-        last = load_named(Path(args.checkpoint), args.net, config)
+        last = load_named(Path(args.checkpoint), folder, args.net, config)
     elif args.resume:
         last = load_last(folder, args.net, config, runtime)
     if last:
@@ -87,6 +86,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             run, runtime, train, test, args.image_size, data.metadata(args.dataset)
         )
         if args.checkpoint:
+            run.only_now = ("--checkpoint", args.checkpoint)
             run.adopt(Path(args.checkpoint), "model_best.pth")
         stages = [Stage(PruningPlan({}), recipe)]
         tracker = experiment.fine_tune(model, stages, {}, every=args.checkpoint_every, last=last)
@@ -102,9 +102,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
 
 
-def load_named(path: Path, net: str, config: Mapping[str, Any]) -> Checkpoint:
+def load_named(path: Path, folder: Path, net: str, config: Mapping[str, Any]) -> Checkpoint:
     """What --checkpoint names: a last.pth, or the folder of one."""
-    return check_same_run(load_resumable(path / "last.pth" if path.is_dir() else path, net), config)
+    path = path / "last.pth" if path.is_dir() else path
+    own = folder / "last.pth"
+    if own.exists() and path.resolve() != own.resolve():
+        raise InputError(
+            f"--checkpoint {path}: {own} is there already; continue that with --resume"
+        )
+    return check_same_run(load_resumable(path, net), config)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
         fit(model, train, test, recipe, CPU, watch=Poison())
     assert seen == [1, 2, 3, 1, 2, 3]
 
+    class PoisonLast(Watch):
+        def after_batch(self, batch, state):
+            if batch == 3:
+                model.linear.weight.data.fill_(float("inf"))
+
+    model = random_model("gateresnet20")
+    with pytest.raises(RunError, match="weights are not finite after epoch 1"):
+        fit(model, train, test, recipe, CPU, watch=PoisonLast())
+    model.linear.weight.data.fill_(float("nan"))
+
     class Save(Watch):
         def after_batch(self, batch, state):
             state()

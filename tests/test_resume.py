@@ -20,7 +20,7 @@ from kill import final_weights, kill_at_random_moments, pipeline, run_pipeline
 from test_scripts import COMMON, files, place, run_gfbs, run_train, same_weights, trained  # noqa: F401
 
 from utils import files as files_module
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import write_atomically
 from utils.lock import FolderLock
@@ -102,6 +102,12 @@ def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):  # noq
     assert same_weights(new / "model_best.pth", trained / "model_best.pth")
 
 
+def test_resume_with_overwrite_deletes_nothing(trained):  # noqa: F811
+    (trained / "config.json").unlink()
+    run_train("--resume", "--overwrite")
+    assert {"last.pth", "model_best.pth"} <= files(trained)
+
+
 def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):  # noqa: F811
     last = trained / "last.pth"
     content = bytearray(last.read_bytes())
@@ -116,8 +122,6 @@ def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):  # 
 
 def test_another_number_of_ranks_is_warned_of(trained, capsys):  # noqa: F811
     last = load_checkpoint(trained / "last.pth")
-    from utils.checkpoint import save_checkpoint
-
     meta = {k: v for k, v in last.meta.items() if k != "training"}
     save_checkpoint(
         trained / "last.pth", last.model, **meta, training={**last.meta["training"], "ranks": 2}
@@ -172,6 +176,50 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):  # n
     name = "gateresnet20_folder/last.pth"
     assert same_weights(f"whole/{name}", f"broken/{name}")
     assert not Path("broken/gateresnet20_folder/lock").exists()
+
+
+def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):  # noqa: F811
+    run_train("--epochs", "2", "--output", "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        call = Tracker.while_evaluating
+
+        def interrupted(self, state):
+            os.kill(os.getpid(), signal.SIGTERM)
+            call(self, state)
+
+        patch.setattr(Tracker, "while_evaluating", interrupted)
+        with pytest.raises(Interrupted):
+            run_train("--epochs", "2", "--output", "broken")
+    name = "gateresnet20_folder/last.pth"
+    training = load_checkpoint(f"broken/{name}").meta["training"]
+    assert (training["epoch"], training["batch"]) == (0, 3)
+    run_train("--epochs", "2", "--output", "broken", "--resume")
+    assert same_weights(f"whole/{name}", f"broken/{name}")
+
+
+def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):  # noqa: F811
+    save_checkpoint("c.pth", random_model("resnet18", 2))
+    Path("images/test").rename("images/val")
+    command = [
+        sys.executable,
+        ROOT / "gfbs_imagenet.py",
+        "--net",
+        "resnet18",
+        "--checkpoint",
+        "c.pth",
+    ]
+    command += ["--data_dir", "images", "--image_size", "32", "--train_bs", "4", "--workers", "2"]
+    running = subprocess.Popen(
+        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    last = Path("checkpoints/resnet18/gfbs_p0.4_seed1/last.pth")
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGTERM)
+    _, shown = running.communicate(timeout=100)
+    assert running.returncode == 143, shown
+    assert "Traceback" not in shown and "continue with: python" in shown
+    load_checkpoint(last)
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -264,6 +312,8 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(trained, capsys)
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     with pytest.raises(InputError, match=r"process 1 on elsewhere.* delete .*lock"):
         run_train("--resume")
+    lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    run_train("--resume")  # a container may give every process the same number
     lock.write_text("")  # its owner was killed while writing it
     run_train("--resume")
 
@@ -304,8 +354,6 @@ def test_two_ranks_killed_end_with_the_same_bits(tmp_path):
 
 
 def test_poisoned_weights_are_refused_with_the_layers_name(place):  # noqa: F811
-    from utils.checkpoint import save_checkpoint
-
     model = random_model("gateresnet20", 2)
     model.layer1[0].bn1.bias.data[2] = float("nan")
     save_checkpoint("poisoned.pth", model)

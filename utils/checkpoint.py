@@ -123,8 +123,9 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a file, out of its wrapper and without ``module.``; InputError if none."""
+    content = _read(Path(path))
     try:
-        return _unwrap(_read(Path(path)))
+        return _unwrap(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -182,7 +182,7 @@ def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     try:
         classes, class_to_idx = find_classes(str(root))
         return make_dataset(str(root), class_to_idx, IMG_EXTENSIONS), classes
-    except FileNotFoundError as error:  # torchvision names the classes that have no image
+    except OSError as error:  # torchvision names the classes that have no image
         raise InputError(f"{root} must hold one folder of images per class: {error}") from None
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,14 +101,14 @@ class Runtime:
             raise outcome[1]
         return outcome[0]
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let rank 0 go through a block before the others, say to download what all will read."""
-        if not self.is_main:
-            dist.barrier()
-        yield
-        if self.is_main and self.world_size > 1:
-            dist.barrier()
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Do something on every rank, but on rank 0 first: say, download what all will read.
+
+        Where rank 0 raises an error, every rank does.
+        """
+        results: list[T] = []
+        self.on_main(lambda: results.append(action()))
+        return results[0] if results else action()
 
     def share(self, batch_size: int, flag: str) -> None:
         """Raise InputError unless the ranks divide the batch."""
@@ -164,8 +163,12 @@ def select_runtime(
 
     use = tuple(gpus or range(visible)) if device == "cuda" else ()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if sync_bn and ranks == 1:
+        raise InputError("--sync_bn is for several ranks: start the script with torchrun")
     if ranks == 1:
         return Runtime(torch.device("cuda", use[0]) if use else torch.device(device), use)
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set without LOCAL_RANK: start several ranks with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if use and local >= len(use):
         raise InputError(f"torchrun started more ranks than there are GPUs ({len(use)}) to take")

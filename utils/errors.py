@@ -18,8 +18,11 @@ class RunError(RuntimeError):
         return " ".join(super().__str__().split())
 
 
-class Interrupted(Exception):
-    """A signal asked the script to stop. Exit code 128 + its number."""
+class Interrupted(BaseException):
+    """A signal asked the script to stop. Exit code 128 + its number.
+
+    Like KeyboardInterrupt, it is nobody's to catch on the way.
+    """
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or "stopped by a signal")

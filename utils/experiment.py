@@ -150,7 +150,7 @@ class Experiment:
                 w_beta=args.w_beta,
                 checkpoint_activations=args.checkpoint_activations,
             )
-            self.run.log_saliency(saliency)
+            self.run.draw_saliency(saliency)
             groups = model.channel_groups()
             return select_channels(groups, saliency, args.p, min_channels=args.min_channels)
 
@@ -186,6 +186,7 @@ class Experiment:
             story, every: see ``Tracker``.
             last: a checkpoint to continue from.
         """
+        self.runtime.on_main(lambda: self.run.check_space(model))
         total = sum(stage.recipe.epochs for stage in stages)
         tracker = Tracker(self.run, self.runtime, model, total, self.meta, every=every, story=story)
         resume = last.meta["training"] if last else None

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,10 +99,16 @@ class _Tally:
             )
 
 
-def evaluate(model: GatedModel, batches: Any, runtime: Runtime) -> Metrics:
+def evaluate(
+    model: GatedModel,
+    batches: Any,
+    runtime: Runtime,
+    after_batch: Callable[[], None] | None = None,
+) -> Metrics:
     """Loss and accuracy of ``model`` in eval mode, over all ranks' batches; its mode is restored.
 
-    Running statistics are those of rank 0, on every rank from here on.
+    Running statistics are those of rank 0, on every rank from here on. ``after_batch`` is called
+    after every batch.
     """
     runtime.sync_buffers(model)
     network, was_training = runtime.for_evaluation(model), model.training
@@ -111,6 +118,8 @@ def evaluate(model: GatedModel, batches: Any, runtime: Runtime) -> Metrics:
         for images, labels in _bar(batches, "evaluate", tally):
             logits = network(images)
             tally.add(logits, labels, F.cross_entropy(logits, labels))
+            if after_batch:
+                after_batch()
     model.train(was_training)
     return tally.metrics()
 
@@ -120,6 +129,9 @@ class Watch:
 
     def after_batch(self, batch: int, state: Callable[[], dict[str, Any]]) -> None:
         """``batch`` batches of an epoch are done."""
+
+    def while_evaluating(self, state: Callable[[], dict[str, Any]]) -> None:
+        """A batch of the evaluation behind an epoch is done."""
 
     def after_epoch(self, epoch: Epoch, state: Callable[[], dict[str, Any]]) -> None:
         """An epoch is done, and evaluated."""
@@ -167,6 +179,7 @@ def fit(
         """After ``batch`` batches of the epoch that follows ``epoch`` whole ones."""
         if tally:
             tally.check(where)  # what has diverged is never saved
+            _check_weights(model, where)
         return {
             "epoch": epoch,
             "batch": batch,
@@ -182,7 +195,7 @@ def fit(
         where = f"epoch {epoch + 1} at learning rate {lr:g}"
         tally = _Tally(runtime, sums)
         network.train()
-        title = f"epoch {epoch + 1}/{recipe.epochs}"
+        title, done = f"epoch {epoch + 1}/{recipe.epochs}", batch
         for done, (images, labels) in enumerate(_bar(train, title, tally), start=batch + 1):
             logits = network(images)
             loss = F.cross_entropy(logits, labels)
@@ -194,16 +207,32 @@ def fit(
                 tally.check(where)
             watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
         tally.check(where)
+        _check_weights(model, where)
         trained, seconds = tally.metrics(), time.perf_counter() - began
+
+        # A long evaluation can be interrupted; ranks have not equally many batches to agree in.
+        alone = runtime.world_size == 1
+        stop = partial(watch.while_evaluating, partial(state, epoch, done, tally, where))
+        tested = evaluate(model, test, runtime, stop if alone else None)
         with warnings.catch_warnings():
             # An epoch that is resumed behind its last batch has no step of the optimiser left.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             scheduler.step()
+        images_now = trained.images - (sums[3] if sums else 0)
         batch, sums = 0, None
-        tested = evaluate(model, test, runtime)
-        history.append(Epoch(epoch + 1, lr, trained, tested, trained.images / seconds))
+        history.append(Epoch(epoch + 1, lr, trained, tested, images_now / seconds))
         watch.after_epoch(history[-1], lambda: state(epoch + 1))  # noqa: B023
     return history
+
+
+def _check_weights(model: GatedModel, where: str) -> None:
+    """Raise RunError if the last step has left weights or statistics that are not finite."""
+    finite = [t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point()]
+    if not torch.stack(finite).all():
+        raise RunError(
+            f"the weights are not finite after {where}: training has diverged;"
+            " the last good checkpoint is kept; try a lower --lr"
+        )
 
 
 def _bar(batches: Any, title: str, tally: _Tally) -> Iterable[tuple[Tensor, Tensor]]:

@@ -5,8 +5,10 @@ Worker processes decode and augment in uint8; normalisation happens on the devic
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +110,15 @@ class FolderBatches:
         self.set_epoch(0)
         self.loader = self._loader(_Keys(self), persistent=True)
 
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+
     def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
+        # More workers than cores is for whoever sets --workers to judge.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         return DataLoader(
             self.dataset,
             batch_sampler=keys,
@@ -116,7 +126,7 @@ class FolderBatches:
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
             persistent_workers=persistent and self.workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_group if hasattr(os, "setpgid") else None,
             generator=torch.Generator(),  # so that it leaves the global random state alone
         )
 
@@ -158,9 +168,13 @@ class FolderBatches:
         return torch.cat(images), torch.cat(labels)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; what becomes of it is the main one's to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Ctrl-C and schedulers signal a whole group; what becomes of it is the main process's to say.
+
+    It ends its workers itself, and they end by themselves where it is gone.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

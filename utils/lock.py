@@ -18,39 +18,52 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / "lock"
+        self.mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         self.took_over = ""
 
     def acquire(self) -> None:
         """Raise InputError, naming the owner, where another process has the folder."""
-        owner = {"pid": os.getpid(), "host": socket.gethostname()}
-        while True:
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                self._remove_if_stale()
-                continue
-            with os.fdopen(handle, "w") as file:
-                json.dump(owner, file)
-            return
+        draft = self.path.with_name(f".lock.{os.getpid()}.tmp")
+        draft.write_text(self.mine)
+        try:
+            while True:
+                try:
+                    os.link(draft, self.path)  # appears whole, and fails where there is one
+                    return
+                except FileExistsError:
+                    self._set_stale_aside(draft.with_suffix(".stale.tmp"))
+        finally:
+            draft.unlink(missing_ok=True)
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.path.exists() and self.path.read_text() == self.mine:
+            self.path.unlink(missing_ok=True)
 
-    def _remove_if_stale(self) -> None:
+    def _set_stale_aside(self, aside: Path) -> None:
         try:
-            owner = json.loads(self.path.read_text())
-            pid, host = int(owner["pid"]), str(owner["host"])
+            seen = self.path.read_text()
         except FileNotFoundError:
             return  # just released
-        except (ValueError, KeyError, TypeError):  # its owner died while writing it
+        try:
+            owner = json.loads(seen)
+            pid, host = int(owner["pid"]), str(owner["host"])
+        except (ValueError, KeyError, TypeError):  # not written by this program
             pid, host = 0, socket.gethostname()
-        if host != socket.gethostname() or (pid and _is_alive(pid)):
+        elsewhere = host != socket.gethostname()
+        if elsewhere or (pid not in (0, os.getpid()) and _is_alive(pid)):
             raise InputError(
                 f"{self.path.parent} is in use by process {pid} on {host};"
                 f" wait for it, choose another --output, or delete {self.path} if it is gone"
             )
+        try:
+            os.rename(self.path, aside)  # of several that see it stale, one succeeds
+        except FileNotFoundError:
+            return
+        if aside.read_text() != seen:  # another took it over in between: give it back
+            os.rename(aside, self.path)
+            return
+        aside.unlink()
         self.took_over = f"process {pid} on {host}"
-        self.path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -65,10 +67,12 @@ class Run:
         self.began = time.perf_counter()
         self.signals = Signals()
         self.board = self._log = None
+        self.only_now: tuple[str, ...] = ()  # words of the command line not to resume with
+        self._saved = False
         runtime.on_main(lambda: self._open(logdir, overwrite, last))
 
     def _open(self, logdir: Path, overwrite: bool, last: Checkpoint | None) -> None:
-        changed = self._another_experiment()
+        changed = "" if last else self._another_experiment()  # of last, that is known
         if changed and not overwrite:
             raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
         self._lock = FolderLock(self.folder)
@@ -85,11 +89,9 @@ class Run:
         with _writable(self.folder, "--output"):
             self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
         with _writable(logdir, "--logdir"):
-            done = len(last.meta["training"]["history"]) if last else 0
-            for events in () if last else logdir.glob("events.out.tfevents.*"):
-                events.unlink()
-            # What a run wrote after the checkpoint that it goes on from is purged.
-            self.board = SummaryWriter(str(logdir), purge_step=done + 1 if last else None)
+            done = len(last.meta["training"]["history"]) if last else -1
+            # TensorBoard shows nothing of what was written from that step on by an earlier run.
+            self.board = SummaryWriter(str(logdir), purge_step=done + 1)
         with _writable(self.folder, "--output"):
             for name in RESULTS if replace else ():
                 (self.folder / name).unlink(missing_ok=True)
@@ -112,9 +114,13 @@ class Run:
 
     def __enter__(self) -> Run:
         self.signals.install()
-        self.log(f"$ {command_line()}")
-        if self.writes and self._lock.took_over:
-            self.log(f"took the folder over from {self._lock.took_over}, which is gone")
+        try:
+            self.log(f"$ {command_line()}")
+            if self.writes and self._lock.took_over:
+                self.log(f"took the folder over from {self._lock.took_over}, which is gone")
+        except BaseException:
+            self.__exit__(None, None)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
@@ -122,7 +128,13 @@ class Run:
         if self.writes:
             self._close()
         if isinstance(error, Interrupted):
-            error.resume_with = f"{command_line().replace(' --resume', '')} --resume"
+            error.resume_with = self._resume_line()
+
+    def _resume_line(self) -> str:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return "the same torchrun command and --resume"
+        words = [word for word in sys.argv if word not in ("--resume", "-r", *self.only_now)]
+        return shlex.join(["python", *words, "--resume"])
 
     def _close(self) -> None:
         for file in (self.board, self._log):
@@ -145,33 +157,44 @@ class Run:
     def log(self, text: str) -> None:
         """Print, and keep in log.txt."""
         if self.writes:
-            print(text, flush=True)
+            with suppress(OSError):  # nobody reads any more
+                print(text, flush=True)
             with self._writing():
                 self._log.write(text + "\n")
                 self._log.flush()
 
-    def log_epoch(self, epoch: Epoch, epochs: int, step: int, seconds_left: float) -> None:
-        """One line, and TensorBoard scalars at ``step``, the epochs since the run began."""
-        if not self.writes:
-            return
+    def log_epoch(self, epoch: Epoch, epochs: int, seconds_left: float) -> None:
+        """One line about an epoch."""
         self.log(
             f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}"
             f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
             f"  test {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
             f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
+
+    def draw_epoch(self, epoch: Epoch, step: int) -> None:
+        """TensorBoard scalars at ``step``, the epochs since the run began."""
         scalars = {"lr": epoch.lr, "images_per_second": epoch.images_per_second}
         for part, metrics in (("train", epoch.train), ("test", epoch.test)):
             scalars |= {f"loss/{part}": metrics.loss, f"accuracy/{part}": metrics.accuracy}
-        with self._writing():
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+        with self._drawing() as board:
+            for name, value in scalars.items() if board else ():
+                board.add_scalar(name, value, step)
 
-    def log_saliency(self, saliency: Mapping[str, Tensor]) -> None:
+    def draw_saliency(self, saliency: Mapping[str, Tensor]) -> None:
         """A TensorBoard histogram of every group's scores."""
-        with self._writing():
-            for name, scores in saliency.items() if self.writes else ():
-                self.board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+        with self._drawing() as board:
+            for name, scores in saliency.items() if board else ():
+                board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[SummaryWriter | None]:
+        """The board, if there is one; a run goes on without it where it cannot be written."""
+        try:
+            yield self.board
+        except OSError as error:
+            self.board = None
+            self.log(f"warning: no more TensorBoard files: they cannot be written ({error})")
 
     def save_plan(self, plan: PruningPlan) -> None:
         """Write plan.json."""
@@ -186,11 +209,27 @@ class Run:
                 save_checkpoint(self.folder / name, model, config=self.config, **meta)
 
     def save_last(self, model: GatedModel, **meta: Any) -> None:
-        """Write last.pth, and keep the one before as last_previous.pth."""
+        """Write last.pth, and keep the one before, if this run wrote it, as last_previous.pth."""
         if self.writes:
-            path, previous = self.folder / "last.pth", self.folder / PREVIOUS
+            path, previous = (
+                self.folder / "last.pth",
+                self.folder / PREVIOUS if self._saved else None,
+            )
             with self._writing():
                 save_checkpoint(path, model, config=self.config, previous=previous, **meta)
+            self._saved = True
+
+    def check_space(self, model: GatedModel) -> None:
+        """Raise InputError where the disk has no room for the checkpoints of a run."""
+        if self.writes:
+            # Weights and momentum in last.pth, in the one before and in a temporary file.
+            need = 3 * 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
+            free = shutil.disk_usage(self.folder).free
+            if free < need:
+                raise InputError(
+                    f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
+                    f" {need / 1e6:.0f}; make room, or see --output"
+                )
 
     def adopt(self, other: Path, name: str) -> None:
         """Take along a file of the folder that a run comes from, in or beside ``other``."""

@@ -37,11 +37,11 @@ class GroupSignals:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero.
-
-    In float64: the squares of a confident network's gradients are below what float32 can hold.
-    """
-    return F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
+    """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # The squares of a very confident network's gradients are below what float32 can hold.
+    wide = F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
+    return torch.where(norm > 1e-12, x / norm, wide)
 
 
 def taylor(group: GroupSignals, w_beta: float) -> Tensor:

@@ -45,9 +45,10 @@ class Signals:
             self._deferring = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self._deferring:
-            raise Interrupted(signum)
         if self.received:
             os._exit(128 + signum)
+        # Noted in any case: what is raised where Python ignores errors is obeyed after the batch.
         self.received = signum
+        if not self._deferring:
+            raise Interrupted(signum)
         print("stopping after this batch; once more to stop at once", file=sys.stderr, flush=True)

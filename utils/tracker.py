@@ -91,17 +91,23 @@ class Tracker(Watch):
         if signum:
             raise Interrupted(signum, f"stopped after batch {batch}")
 
+    def while_evaluating(self, state: Callable[[], dict[str, Any]]) -> None:
+        if self.run.signals.received:
+            self._save_last(state())
+            raise Interrupted(self.run.signals.received, "stopped in the evaluation")
+
     def after_epoch(self, epoch: Epoch, state: Callable[[], dict[str, Any]]) -> None:
         self.done += 1
         self.history.append({**epoch.as_dict(), "stage": self.stage})
         self.last = epoch
         pace = (time.perf_counter() - self.began) / (self.done - self.done_before)
-        self.run.log_epoch(epoch, self.stage_epochs, self.done, pace * (self.total - self.done))
+        self.run.log_epoch(epoch, self.stage_epochs, pace * (self.total - self.done))
         if self.final and (self.best is None or epoch.test.accuracy > self.best.test.accuracy):
             self.best = epoch
             about = {"accuracy": epoch.test.accuracy, "epoch": epoch.number}
             self.run.save("model_best.pth", self.model, **self.meta, **about, chosen="best on test")
         self._save_last(state())
+        self.run.draw_epoch(epoch, self.done)
         signum = self.runtime.most(self.run.signals.received)
         if signum:
             raise Interrupted(signum, f"stopped after epoch {epoch.number}")
