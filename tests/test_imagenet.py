@@ -157,10 +157,12 @@ def samples(place, part="train"):
 
 
 def test_order_and_augmentation_do_not_depend_on_the_workers(place):
+    noise = [(f"{i}.png", i) for i in range(12)]  # in which every crop is another
+    for path, _ in noise:
+        functional.to_pil_image(torch.randint(256, (3, 44, 50), dtype=torch.uint8)).save(path)
+
     def epochs(workers):
-        batches = FolderBatches(
-            samples(place), 5, Crops(24, 28), CPU, workers=workers, augment=True, seed=3
-        )
+        batches = FolderBatches(noise, 5, Crops(24, 28), CPU, workers=workers, augment=True, seed=3)
         for epoch in (0, 1, 0):
             batches.set_epoch(epoch)
             state = torch.get_rng_state()
@@ -173,6 +175,9 @@ def test_order_and_augmentation_do_not_depend_on_the_workers(place):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
     assert torch.equal(alone[0][0], alone[2][0])
     assert not torch.equal(alone[0][1], alone[1][1])
+    first, second = (images[labels.argsort()] for images, labels in alone[:2])
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first, next(epochs(0))[0][alone[0][1].argsort()])
     assert sorted(alone[0][1].tolist()) == list(range(12))
 
 
