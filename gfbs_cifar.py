@@ -29,7 +29,8 @@ from utils.experiment import (
 )
 from utils.recipes import CIFAR_COSINE, CIFAR_RECIPES
 from utils.report import result_table
-from utils.run import Run, load_last
+from utils.resume import load_last
+from utils.run import Run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

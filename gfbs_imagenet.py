@@ -29,7 +29,8 @@ from utils.experiment import (
 from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
 from utils.recipes import IMAGENET_RECIPES
 from utils.report import result_table
-from utils.run import Run, load_last
+from utils.resume import load_last
+from utils.run import Run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

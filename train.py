@@ -30,7 +30,8 @@ from utils.errors import InputError
 from utils.experiment import Experiment, Stage
 from utils.pruning import PruningPlan
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
-from utils.run import Run, check_same_run, load_last, load_resumable
+from utils.resume import check_same_run, load_last, load_resumable
+from utils.run import Run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

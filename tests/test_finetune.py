@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
             if len(seen) == 4:
                 model.linear.weight.data.fill_(float("nan"))
 
-    message = r"not finite in epoch 2 at learning rate 0\.1, batch 2: training has diverged"
+    message = r"not finite in epoch 2/2 at learning rate 0\.1, batch 2: training has diverged"
     with pytest.raises(RunError, match=message):
         fit(model, train, test, recipe, CPU, watch=Poison())
     assert seen == [1, 2, 3, 1, 2, 3]
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
                 model.linear.weight.data.fill_(float("inf"))
 
     model = random_model("gateresnet20")
-    with pytest.raises(RunError, match="weights are not finite after epoch 1"):
+    with pytest.raises(RunError, match="weights are not finite after epoch 1/2"):
         fit(model, train, test, recipe, CPU, watch=PoisonLast())
     model.linear.weight.data.fill_(float("nan"))
 

@@ -150,12 +150,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def samples(place, part="train"):
-    return [
-        (str(path), i) for i, path in enumerate(sorted((place / "images" / part).rglob("*.png")))
-    ]
-
-
 def test_order_and_augmentation_do_not_depend_on_the_workers(place):
     noise = [(f"{i}.png", i) for i in range(12)]  # in which every crop is another
     for path, _ in noise:

@@ -6,14 +6,15 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from models.gate import GatedModel
@@ -192,21 +193,11 @@ def fit(
     for epoch in range(start, recipe.epochs):
         train.set_epoch(first_epoch + epoch, batch)
         lr, began = optimizer.param_groups[0]["lr"], time.perf_counter()
-        where = f"epoch {epoch + 1} at learning rate {lr:g}"
+        where = f"epoch {epoch + 1}/{recipe.epochs} at learning rate {lr:g}"
         tally = _Tally(runtime, sums)
-        network.train()
-        title, done = f"epoch {epoch + 1}/{recipe.epochs}", batch
-        for done, (images, labels) in enumerate(_bar(train, title, tally), start=batch + 1):
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            tally.add(logits, labels, loss, done)
-            if done % CHECK_EVERY == 0:
-                tally.check(where)
+        done = batch
+        for done in _train(network, train, optimizer, tally, batch, where):
             watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
-        tally.check(where)
         _check_weights(model, where)
         trained, seconds = tally.metrics(), time.perf_counter() - began
 
@@ -223,6 +214,30 @@ def fit(
         history.append(Epoch(epoch + 1, lr, trained, tested, images_now / seconds))
         watch.after_epoch(history[-1], lambda: state(epoch + 1))  # noqa: B023
     return history
+
+
+def _train(
+    network: nn.Module,
+    batches: Any,
+    optimizer: Optimizer,
+    tally: _Tally,
+    batch: int,
+    where: str,
+) -> Iterator[int]:
+    """Go through the batches behind number ``batch``; yields the number of each that is done."""
+    network.train()
+    title = where.partition(" at ")[0]
+    for number, (images, labels) in enumerate(_bar(batches, title, tally), start=batch + 1):
+        logits = network(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        tally.add(logits, labels, loss, number)
+        if number % CHECK_EVERY == 0:
+            tally.check(where)
+        yield number
+    tally.check(where)
 
 
 def _check_weights(model: GatedModel, where: str) -> None:

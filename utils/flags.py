@@ -21,17 +21,20 @@ IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
 
 
 def add_network_flag(parser: argparse.ArgumentParser) -> None:
+    """--net, for small images."""
     names = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
     parser.add_argument("--net", type=network(names), default="gatevgg16",
                         help=f"the network: {', '.join(names)}")
 
 
 def add_imagenet_network_flag(parser: argparse.ArgumentParser) -> None:
+    """--net, for ImageNet."""
     parser.add_argument("--net", type=network(IMAGENET_NETWORKS), default="resnet50",
                         help=f"the network: {', '.join(IMAGENET_NETWORKS)}")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Small images: which, and where."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10",
         help="cifar10 and cifar100 are downloaded; folder reads DATA_DIR/train/<class>/ and"
@@ -44,6 +47,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+    """What every kind of training has; ``least_epochs`` is 0 or 1."""
     add = parser.add_argument_group("training").add_argument
     milestones = " and ".join(map(str, recipe.milestones))
     add("--epochs", type=count if least_epochs else count_or_zero, default=recipe.epochs,
@@ -56,6 +60,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epoc
 
 
 def add_cifar_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Training on small images."""
     add = parser.add_argument_group("CIFAR training").add_argument
     add("--cosine", action="store_true",
         help="instead of steps, 5 epochs of warm-up and a half cosine down to zero")
@@ -63,6 +68,7 @@ def add_cifar_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_imagenet_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Training on large images."""
     add = parser.add_argument_group("ImageNet training").add_argument
     add("--train_bs", type=count, default=512, metavar="N",
         help="images in a training batch, of all GPUs and ranks together")
@@ -77,6 +83,7 @@ def add_imagenet_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    """Large images in folders."""
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", required=True, metavar="DIR",
         help="folder with train/<class>/ and val/<class>/")
@@ -89,6 +96,7 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+    """Which weights to convert, and where to evaluate them."""
     add = parser.add_argument_group("conversion").add_argument
     add("--weights", default="IMAGENET1K_V1", metavar="NAME", help="which of torchvision's weights")
     add("--checkpoint", metavar="FILE", help="a local file of such weights; nothing is downloaded")
@@ -105,6 +113,7 @@ def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_baseline_flag(parser: argparse.ArgumentParser) -> None:
+    """The network to prune."""
     parser.add_argument("--checkpoint", metavar="PATH",
                         help="the network to prune: a file, or a folder that holds"
                              " <net>/model_best.pth or model_best.pth (default: --output)")
@@ -113,6 +122,7 @@ def add_baseline_flag(parser: argparse.ArgumentParser) -> None:
 def add_pruning_flags(
     parser: argparse.ArgumentParser, p: float, score_images: int | None
 ) -> None:
+    """How to score and select."""
     add = parser.add_argument_group("pruning").add_argument
     add("--p", "-p", type=ratio, default=p, metavar="RATIO",
         help="share of the channels to cut, over all layers together, in [0, 1)")
@@ -132,6 +142,7 @@ def add_pruning_flags(
 
 
 def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
+    """Gradual pruning."""
     add = parser.add_argument_group("gradual pruning").add_argument
     add("--smooth", "-s", action="store_true",
         help="cut layer by layer (residual networks: block by block), fine-tuning in between")
@@ -144,6 +155,7 @@ def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Where to compute."""
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--gpu", type=gpu_ids, metavar="IDS",
@@ -151,6 +163,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What every run has."""
     add_device_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=count_or_zero, default=1, metavar="N",
@@ -166,6 +179,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    """How to go on."""
     add = parser.add_argument_group("resume").add_argument
     add("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"

@@ -34,6 +34,7 @@ class Cosine:
     cooldown_epochs: int = 0
 
     def scheduler(self, optimizer: Optimizer, epochs: int, lr: float) -> LRScheduler:
+        """The schedule of so many epochs around the highest rate ``lr``, stepped once an epoch."""
         warmup = min(self.warmup_epochs, epochs // 2)
         cooldown = min(self.cooldown_epochs, (epochs - warmup) // 2)
         descent = max(1, epochs - warmup - cooldown)

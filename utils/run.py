@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from models.gate import GatedModel
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
 from utils.finetune import Epoch
 from utils.lock import FolderLock
 from utils.pruning import PruningPlan
+from utils.resume import PREVIOUS, differences
 from utils.signals import Signals
 
-PREVIOUS = "last_previous.pth"
 RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
 
@@ -261,51 +261,6 @@ def _writable(place: Path, flag: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
-
-
-def load_last(
-    folder: Path, net: str, config: Mapping[str, Any], runtime: Runtime
-) -> Checkpoint | None:
-    """last.pth of a run, or the one before where the newest does not load; None without any.
-
-    Raises InputError where none of them loads, or where the run has another configuration.
-    """
-    paths = [path for path in (folder / "last.pth", folder / PREVIOUS) if path.exists()]
-    for path in paths:
-        try:
-            last = load_resumable(path, net)
-        except InputError as error:
-            if path == paths[-1]:
-                raise
-            print(f"{error}; going on from the one before", file=sys.stderr)
-        else:
-            return check_same_run(last, config)
-    if runtime.is_main:
-        print("nothing to resume from: starting afresh")
-    return None
-
-
-def load_resumable(path: Path, net: str) -> Checkpoint:
-    """A checkpoint with all it takes to continue; InputError otherwise."""
-    last = load_checkpoint(path, net)
-    if not {"training", "config"} <= last.meta.keys():
-        raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
-    return last
-
-
-def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """Raise InputError, with what differs, where the flags are not those of the run so far."""
-    changed = differences(last.meta["config"], config)
-    if changed:
-        raise InputError(f"--resume: that run has another configuration ({changed})")
-    return last
-
-
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two configurations, in words; empty where nothing does."""
-    earlier, now = json.loads(json.dumps(earlier)), json.loads(json.dumps(now))  # tuples are lists
-    names = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
-    return ", ".join(f"{name}: {earlier.get(name)} there, {now.get(name)} here" for name in names)
 
 
 def command_line() -> str:
