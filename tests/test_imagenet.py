@@ -25,6 +25,7 @@ from utils.errors import InputError
 from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches, check_head
 from utils.saliency import channel_saliency
 from utils.surgery import prune
+from utils.tracker import Tracker
 
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -228,6 +229,34 @@ def test_convert_prune_fine_tune_reload(place, capsys):
     log = (place / "checkpoints/resnet18/gfbs_p0.4_smooth_seed1/log.txt").read_text()
     assert "stage 8/9: cut" in log and len(smooth["history"]) == 8 + 1
     assert smooth["channels"] == result["channels"]
+
+
+def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
+    save_local_weights("local.pth")
+    argv = ["--checkpoint", "local.pth", "--epochs", "2", "--checkpoint_every", "1"]
+    run_gfbs(*argv, "--output", "whole")
+
+    class Killed(BaseException):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        call, seen = Tracker.after_batch, []
+
+        def dies(self, batch, state):
+            call(self, batch, state)
+            seen.append(batch)
+            if len(seen) == 5:  # in the second of two epochs of three batches
+                raise Killed
+
+        patch.setattr(Tracker, "after_batch", dies)
+        with pytest.raises(Killed):
+            run_gfbs(*argv, "--output", "broken")
+    run_gfbs(*argv, "--output", "broken", "--resume", "--workers", "1")
+    states = [
+        load_model(f"{output}/resnet18/gfbs_p0.4_seed1/last.pth").state_dict()
+        for output in ("whole", "broken")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_a_fresh_head_serves_other_classes(place):
