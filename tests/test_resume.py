@@ -96,7 +96,15 @@ def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):  # noq
         die_after(patch, 1, "after_epoch")
         with pytest.raises(Killed):
             run_train("--output", "old", "--epochs", "2")
-    run_train("--checkpoint", "old/gateresnet20_folder", "--output", "new", "--epochs", "2")
+    foreign = Path("new/gateresnet20_folder/model_best.pth")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("somebody's")
+    named = ["--checkpoint", "old/gateresnet20_folder", "--output", "new", "--epochs", "2"]
+    with pytest.raises(InputError, match="model_best.pth of an unknown configuration"):
+        run_train(*named)
+    assert foreign.read_text() == "somebody's"
+    foreign.unlink()
+    run_train(*named)
     new = Path("new/gateresnet20_folder")
     assert same_weights(new / "last.pth", trained / "last.pth")
     assert same_weights(new / "model_best.pth", trained / "model_best.pth")

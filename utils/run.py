@@ -72,7 +72,9 @@ class Run:
         runtime.on_main(lambda: self._open(logdir, overwrite, last))
 
     def _open(self, logdir: Path, overwrite: bool, last: Checkpoint | None) -> None:
-        changed = "" if last else self._another_experiment()  # of last, that is known
+        # What a run continues in its own folder has been compared already (utils/resume.py).
+        own = any((self.folder / name).exists() for name in ("last.pth", PREVIOUS))
+        changed = "" if last and own else self._another_experiment()
         if changed and not overwrite:
             raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
         self._lock = FolderLock(self.folder)
@@ -211,12 +213,10 @@ class Run:
     def save_last(self, model: GatedModel, **meta: Any) -> None:
         """Write last.pth, and keep the one before, if this run wrote it, as last_previous.pth."""
         if self.writes:
-            path, previous = (
-                self.folder / "last.pth",
-                self.folder / PREVIOUS if self._saved else None,
-            )
+            previous = self.folder / PREVIOUS if self._saved else None
+            meta |= {"config": self.config}
             with self._writing():
-                save_checkpoint(path, model, config=self.config, previous=previous, **meta)
+                save_checkpoint(self.folder / "last.pth", model, previous=previous, **meta)
             self._saved = True
 
     def check_space(self, model: GatedModel) -> None:
