@@ -42,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
     flags.add_cifar_training_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
+    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
@@ -53,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, network, args.net)

@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_recipe_flags(parser, IMAGENET_RECIPES.one_shot, least_epochs=0)
     flags.add_imagenet_training_flags(parser)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)
+    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
@@ -54,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
     train_images, val_images, classes = list_folders(Path(args.data_dir), ("val",))

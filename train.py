@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_data_flags(parser)
     flags.add_recipe_flags(parser, CIFAR_BASELINE, least_epochs=1)
     flags.add_cifar_training_flags(parser)
+    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
     parser.add_argument(
@@ -54,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn)
+    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network

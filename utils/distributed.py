@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.gate import GatedModel
+from utils.acceleration import Acceleration
 from utils.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ class Runtime:
         rank, world_size: of ``torchrun``; with more than one rank, every rank takes its share of
             every batch and gradients are averaged (``DistributedDataParallel``).
         sync_bn: BatchNorm takes its statistics from the batches of all ranks together.
+        acceleration: how training computes.
     """
 
     device: torch.device
@@ -40,6 +43,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     sync_bn: bool = False
+    acceleration: Acceleration = Acceleration()
 
     @property
     def is_main(self) -> bool:
@@ -48,17 +52,25 @@ class Runtime:
 
     def for_training(self, model: GatedModel) -> nn.Module:
         """The model as it is trained; ``model`` itself stays bare and shares its weights."""
-        model.to(self.device)
+        network = self.for_evaluation(model)
         if self.world_size > 1:
             if self.sync_bn:
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, for all but the root
             # Not at every batch: ``sync_buffers`` sends rank 0's where they are read.
-            return DistributedDataParallel(model, forward_sync_buffers=False)
-        return self.for_evaluation(model)
+            network = DistributedDataParallel(model, forward_sync_buffers=False)
+        return self.acceleration.compiled(network)
+
+    def autocast(self) -> AbstractContextManager:
+        """Around the forward pass and the loss of a training step."""
+        return self.acceleration.autocast(self.device)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """What scales the loss of a training step, where its gradients need that."""
+        return self.acceleration.scaler(self.device)
 
     def for_evaluation(self, model: GatedModel) -> nn.Module:
         """The model as it is evaluated: ranks do so on their own."""
-        model.to(self.device)
+        self.acceleration.laid_out(model.to(self.device))
         return nn.DataParallel(model, list(self.gpus)) if len(self.gpus) > 1 else model
 
     def sync_buffers(self, model: GatedModel) -> None:
@@ -126,11 +138,15 @@ class Runtime:
             )
         elif name == "cpu":
             name = f"CPU, {torch.get_num_threads()} threads"
+        name += "" if self.acceleration == Acceleration() else f", {self.acceleration}"
         return f"{self.world_size} ranks, each on {name}" if self.world_size > 1 else name
 
 
 def select_runtime(
-    device: str = "auto", gpus: Sequence[int] | None = None, sync_bn: bool = False
+    device: str = "auto",
+    gpus: Sequence[int] | None = None,
+    sync_bn: bool = False,
+    acceleration: Acceleration = Acceleration(),  # noqa: B008 (frozen)
 ) -> Runtime:
     """Resolve ``--device`` and ``--gpu``; join the other ranks where ``torchrun`` started this.
 
@@ -138,9 +154,10 @@ def select_runtime(
         device: ``auto`` (CUDA, else MPS, else the CPU), ``cpu``, ``cuda`` or ``mps``.
         gpus: CUDA ids that were asked for; by default all that are visible. Under ``torchrun``
             every rank takes one of them.
-        sync_bn: see ``Runtime``.
+        sync_bn, acceleration: see ``Runtime``.
 
-    Raises InputError for a device or a GPU id that is not there, and for ``sync_bn`` without GPUs.
+    Raises InputError for a device or a GPU id that is not there, for ``sync_bn`` without GPUs, and
+    for an acceleration that the device does not have.
     """
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
@@ -161,12 +178,21 @@ def select_runtime(
     if sync_bn and device != "cuda":
         raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
 
+    if acceleration.amp == "fp16" and device != "cuda":
+        raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
+
     use = tuple(gpus or range(visible)) if device == "cuda" else ()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if sync_bn and ranks == 1:
         raise InputError("--sync_bn is for several ranks: start the script with torchrun")
     if ranks == 1:
-        return Runtime(torch.device("cuda", use[0]) if use else torch.device(device), use)
+        if len(use) > 1 and (acceleration.amp or acceleration.compile):
+            raise InputError(
+                "--amp and --compile take one GPU a process: start the script with torchrun,"
+                " or name one with --gpu"
+            )
+        here = torch.device("cuda", use[0]) if use else torch.device(device)
+        return Runtime(here, use, acceleration=acceleration)
     if "LOCAL_RANK" not in os.environ:
         raise InputError("WORLD_SIZE is set without LOCAL_RANK: start several ranks with torchrun")
     local = int(os.environ["LOCAL_RANK"])
@@ -177,7 +203,8 @@ def select_runtime(
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use else "gloo")
-    return Runtime(here, use[local : local + 1], dist.get_rank(), dist.get_world_size(), sync_bn)
+    place = dist.get_rank(), dist.get_world_size()
+    return Runtime(here, use[local : local + 1], *place, sync_bn, acceleration)
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

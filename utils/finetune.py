@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from models.gate import GatedModel
+from models.gate import GatedModel, folded_gates
 from utils.distributed import Runtime
 from utils.errors import RunError
 from utils.recipes import Recipe
@@ -115,7 +115,7 @@ def evaluate(
     network, was_training = runtime.for_evaluation(model), model.training
     tally = _Tally(runtime)
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), folded_gates(model):
         for images, labels in _bar(batches, "evaluate", tally):
             logits = network(images)
             tally.add(logits, labels, F.cross_entropy(logits, labels))
@@ -167,11 +167,12 @@ def fit(
     watch = watch or Watch()
     network = runtime.for_training(model)
     optimizer = recipe.optimizer(model)
-    scheduler = recipe.scheduler(optimizer)
+    scheduler, scaler = recipe.scheduler(optimizer), runtime.scaler()
     start, batch, sums = 0, 0, None
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         scheduler.load_state_dict(resume["scheduler"])
+        scaler.load_state_dict(resume["scaler"])
         start, batch, sums = resume["epoch"], resume["batch"], resume["sums"]
 
     def state(
@@ -187,6 +188,7 @@ def fit(
             "sums": tally.all_sums() if tally else None,
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
         }
 
     history = []
@@ -196,8 +198,9 @@ def fit(
         where = f"epoch {epoch + 1}/{recipe.epochs} at learning rate {lr:g}"
         tally = _Tally(runtime, sums)
         done = batch
-        for done in _train(network, train, optimizer, tally, batch, where):
-            watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
+        with folded_gates(model):
+            for done in _train(network, train, optimizer, scaler, tally, batch, where):
+                watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
         _check_weights(model, where)
         trained, seconds = tally.metrics(), time.perf_counter() - began
 
@@ -220,6 +223,7 @@ def _train(
     network: nn.Module,
     batches: Any,
     optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
     tally: _Tally,
     batch: int,
     where: str,
@@ -228,11 +232,13 @@ def _train(
     network.train()
     title = where.partition(" at ")[0]
     for number, (images, labels) in enumerate(_bar(batches, title, tally), start=batch + 1):
-        logits = network(images)
-        loss = F.cross_entropy(logits, labels)
+        with tally.runtime.autocast():
+            logits = network(images).float()
+            loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         tally.add(logits, labels, loss, number)
         if number % CHECK_EVERY == 0:
             tally.check(where)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models import ALIASES, NETWORKS
+from utils.acceleration import AMP, Acceleration
 from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, weight
 from utils.data import DATASETS
 from utils.recipes import Cosine, Recipe, Recipes
@@ -160,6 +161,19 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--gpu", type=gpu_ids, metavar="IDS",
         help="GPUs that share every batch, such as 0,1 (default: all that are visible)")
+
+
+def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
+    """How to train faster, with other bits."""
+    add = parser.add_argument_group("speed").add_argument
+    add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
+    add("--channels_last", action="store_true", help="lay images out pixel by pixel in memory")
+    add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
+
+
+def acceleration(args: argparse.Namespace) -> Acceleration:
+    """What those flags say."""
+    return Acceleration(args.amp, args.channels_last, args.compile)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

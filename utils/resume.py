@@ -56,5 +56,10 @@ def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two configurations, in words; empty where nothing does."""
     earlier, now = json.loads(json.dumps(earlier)), json.loads(json.dumps(now))  # tuples are lists
-    names = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
+    # A switch that the version of the earlier run had not is off.
+    names = [
+        name
+        for name in sorted({*earlier, *now})
+        if (earlier.get(name) or None) != (now.get(name) or None)
+    ]
     return ", ".join(f"{name}: {earlier.get(name)} there, {now.get(name)} here" for name in names)
