@@ -2,11 +2,13 @@
 
     python gfbs_cifar.py --net gatevgg16 --p 0.7              cut everything, then fine-tune
     python gfbs_cifar.py --net gatevgg16 --p 0.7 --smooth     cut and fine-tune layer by layer
+    python gfbs_cifar.py --net gatevgg16 --p 0.7 --steps 5    score, cut and fine-tune five times
+    python gfbs_cifar.py --net gatevgg16 --macs 0.5           keep half of the multiply-adds
     python gfbs_cifar.py --net gatevgg16 --p 0.7 --epochs 0   cut, evaluate and save only
 
 Prunes CHECKPOINT/<net>/model_best.pth, as train.py leaves it, and writes plan.json, pruned.pth
 (right after surgery), model_best.pth, last.pth, log.txt and result.json into
-OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>.
+OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed> (macs<share>, _steps<K>, _scratch likewise).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import flags
-from utils.batches import train_and_test_batches
+from utils.batches import image_batches
 from utils.cli import Parser, run_script
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
@@ -29,7 +31,7 @@ from utils.experiment import (
 )
 from utils.recipes import CIFAR_COSINE, CIFAR_RECIPES
 from utils.report import result_table
-from utils.resume import load_last
+from utils.resume import finished_result, load_last
 from utils.run import Run
 
 
@@ -39,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.7, score_images=200)
     flags.add_data_flags(parser)
+    flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
     flags.add_cifar_training_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
@@ -49,6 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.check_alias(parser, args)
     flags.check_stages(parser, args)
     flags.resolve_criterion(parser, args)
+    flags.resolve_ratio(args)
     return args
 
 
@@ -58,24 +62,30 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, network, args.net)
+    name = f"{network}/{flags.run_name(args)}"
+    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
+    config = flags.configuration(args, baseline=baseline.digest)
+    done = args.skip_finished and finished_result(folder, config, runtime)
+    if done:
+        return done
     data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
     data = data.normalised_as(baseline.meta)
     check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
     recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
     seed_everything(args.seed, args.deterministic)
 
-    name = f"{network}/{flags.run_name(args)}"
-    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
     config = flags.configuration(args, data.classes, baseline.digest)
     last = load_last(folder, args.net, config, runtime) if args.resume else None
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
-        train, test = train_and_test_batches(
-            data, args.bs, runtime, seed=args.seed,
+        train, test, holdout = image_batches(
+            data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
         )  # fmt: skip
         meta = data.metadata(args.dataset)
-        experiment = Experiment(run, runtime, train, test, args.image_size, meta)
-        result = experiment.prune_and_fine_tune(baseline.model, args, recipes, last)
+        experiment = Experiment(
+            run, runtime, train, test, args.image_size, meta, holdout, args.recalibrate
+        )
+        result = experiment.prune_and_fine_tune(baseline, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from utils import flags
 from utils.cli import Parser, run_script
 from utils.cost import model_cost
-from utils.data import list_folders
+from utils.data import hold_out, list_folders
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     Experiment,
@@ -29,7 +29,7 @@ from utils.experiment import (
 from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
 from utils.recipes import IMAGENET_RECIPES
 from utils.report import result_table
-from utils.resume import load_last
+from utils.resume import finished_result, load_last
 from utils.run import Run
 
 
@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.4, score_images=None)
     flags.add_folder_flags(parser)
+    flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, IMAGENET_RECIPES.one_shot, least_epochs=0)
     flags.add_imagenet_training_flags(parser)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)
@@ -49,6 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flags.check_stages(parser, args)
     flags.resolve_criterion(parser, args)
+    flags.resolve_ratio(args)
     args.score_images = args.score_images or args.train_bs
     return args
 
@@ -58,6 +60,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
+    name = f"{args.net}/{flags.run_name(args)}"
+    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
+    digest = baseline.digest  # of the weights as they come, before any new head
+    config = flags.configuration(args, baseline=digest)
+    done = args.skip_finished and finished_result(folder, config, runtime)
+    if done:
+        return done
     train_images, val_images, classes = list_folders(Path(args.data_dir), ("val",))
     seed_everything(args.seed, args.deterministic)
     if args.new_head:
@@ -67,26 +76,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     model_cost(baseline.model, args.image_size)
     recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
 
-    name = f"{args.net}/{flags.run_name(args)}"
-    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
-    config = flags.configuration(args, classes, baseline.digest)
+    config = flags.configuration(args, classes, digest)
     last = load_last(folder, args.net, config, runtime) if args.resume else None
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         crops = Crops.for_baseline(args.image_size, baseline.meta)
-        train, val = (
-            FolderBatches(
-                images, args.train_bs, crops, runtime, workers=args.workers, limit=limit,
-                augment=augment, seed=args.seed,
+        trained, held = hold_out(train_images, args.holdout)
+        with ExitStack() as stack:
+            train, val, holdout = (
+                stack.enter_context(closing(FolderBatches(
+                    images, args.train_bs, crops, runtime, workers=args.workers, limit=limit,
+                    augment=images is trained, seed=args.seed,
+                ))) if images else None
+                for images, limit in (
+                    (trained, args.limit_train_batches),
+                    (val_images, args.limit_val_batches),
+                    (held, args.limit_val_batches),
+                )
+            )  # fmt: skip
+            meta = folder_metadata(crops, baseline.meta.get("source"), classes)
+            experiment = Experiment(
+                run, runtime, train, val, args.image_size, meta, holdout, args.recalibrate
             )
-            for images, limit, augment in (
-                (train_images, args.limit_train_batches, True),
-                (val_images, args.limit_val_batches, False),
-            )
-        )  # fmt: skip
-        meta = folder_metadata(crops, baseline.meta.get("source"), classes)
-        experiment = Experiment(run, runtime, train, val, args.image_size, meta)
-        with closing(train), closing(val):
-            result = experiment.prune_and_fine_tune(baseline.model, args, recipes, last)
+            result = experiment.prune_and_fine_tune(baseline, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

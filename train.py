@@ -20,17 +20,16 @@ from typing import Any
 
 from models import build_model
 from utils import flags
-from utils.batches import train_and_test_batches
+from utils.batches import image_batches
 from utils.checkpoint import Checkpoint
 from utils.cli import Parser, run_script
 from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
-from utils.experiment import Experiment, Stage
-from utils.pruning import PruningPlan
+from utils.experiment import Experiment, training_stage
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
-from utils.resume import check_same_run, load_last, load_resumable
+from utils.resume import check_same_run, finished_result, load_last, load_resumable
 from utils.run import Run
 
 
@@ -38,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
     flags.add_data_flags(parser)
+    flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, CIFAR_BASELINE, least_epochs=1)
     flags.add_cifar_training_flags(parser)
     flags.add_acceleration_flags(parser)
@@ -59,6 +59,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
     folder, logdir = Path(args.output) / network, Path(args.logdir) / network
+    done = args.skip_finished and finished_result(folder, flags.configuration(args), runtime)
+    if done:
+        return done
     data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
     config = flags.configuration(args, data.classes)
     seed_everything(args.seed, args.deterministic)
@@ -76,30 +79,31 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         model.load_state_dict(last.model.state_dict())
 
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
-        train, test = train_and_test_batches(
-            data, args.bs, runtime, seed=args.seed,
+        train, test, holdout = image_batches(
+            data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
             limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
         )  # fmt: skip
-        run.log(f"{args.net} on {args.dataset}: {len(data.train)} training images,"
+        run.log(f"{args.net} on {args.dataset}: {train.images} training images,"
                 f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
         cosine = CIFAR_COSINE if args.cosine else None
         recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, cosine)
-        experiment = Experiment(
-            run, runtime, train, test, args.image_size, data.metadata(args.dataset)
-        )
+        meta = data.metadata(args.dataset)
+        experiment = Experiment(run, runtime, train, test, args.image_size, meta, holdout)
         if args.checkpoint:
             run.only_now = ("--checkpoint", args.checkpoint)
             run.adopt(Path(args.checkpoint), "model_best.pth")
-        stages = [Stage(PruningPlan({}), recipe)]
-        tracker = experiment.fine_tune(model, stages, {}, every=args.checkpoint_every, last=last)
+        every = args.checkpoint_every
+        tracker = experiment.fine_tune(model, [training_stage(recipe)], every=every, last=last)
 
-        accuracy = tracker.accuracies()
+        accuracies = experiment.accuracies(tracker)
+        accuracy = accuracies["accuracy"]
         run.log(
             f"top-1 accuracy on the test set: {accuracy['last']:.2f} % after the last epoch;"
-            f" best on test {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}"
+            f" {accuracy['best']:.2f} % after epoch {accuracy['best_epoch']},"
+            f" the best on {tracker.chosen_on}"
         )
         return run.save_result({
-            "net": args.net, "dataset": args.dataset, "seed": args.seed, "accuracy": accuracy,
+            "net": args.net, "dataset": args.dataset, "seed": args.seed, **accuracies,
             "cost": asdict(cost), "history": tracker.history,
         })  # fmt: skip
 

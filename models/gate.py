@@ -62,6 +62,9 @@ class ChannelGroup:
         outputs: the modules that lose outputs with a channel: convolution, norm, gate, shortcut,
             depthwise convolution...
         inputs: the modules that lose inputs: the next convolutions, the classifier, a shortcut...
+        convs: the convolutions whose filters stand for the channels where a criterion looks at
+            filters, as a rule the one before each norm; by default all among the outputs, or else
+            all among the inputs (DenseNet), which are looked at by their input slices.
         positions: the place of each gate among all gates of the network, in module order; ties
             between scores are broken by it. ``GatedModel.channel_groups`` fills it in; groups
             without it count in the order they are listed.
@@ -72,10 +75,11 @@ class ChannelGroup:
     norms: tuple[str, ...]
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
+    convs: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for field in ("gates", "norms", "outputs", "inputs"):
+        for field in ("gates", "norms", "outputs", "inputs", "convs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.gates or self.name != self.gates[0]:
             raise ValueError(
@@ -91,11 +95,14 @@ class ChannelGroup:
         cls,
         gates: Sequence[str],
         norms: Sequence[str],
-        outputs: Sequence[str],
+        convs: Sequence[str],
         inputs: Sequence[str],
+        others: Sequence[str] = (),
     ) -> ChannelGroup:
-        """A group named after its first gate; gates and norms are added to its outputs."""
-        return cls(gates[0], gates, norms, (*outputs, *norms, *gates), inputs)
+        """A group named after its first gate, whose outputs are its convolutions, norms, gates, and
+        whatever ``others`` there are.
+        """
+        return cls(gates[0], gates, norms, (*convs, *others, *norms, *gates), inputs, convs)
 
 
 class GatedModel(nn.Module):
@@ -138,7 +145,7 @@ class GatedModel(nn.Module):
         }
         groups = []
         for group in self._channel_groups():
-            for name in (*group.gates, *group.norms, *group.outputs, *group.inputs):
+            for name in (*group.gates, *group.norms, *group.outputs, *group.inputs, *group.convs):
                 if name not in modules:
                     raise ValueError(
                         f"channel group {group.name}: the network has no layer {name!r}"
@@ -149,7 +156,13 @@ class GatedModel(nn.Module):
                 raise ValueError(
                     f"channel group {group.name}: its layers differ in width: {widths}"
                 )
-            groups.append(replace(group, positions=tuple(positions[name] for name in group.gates)))
+            makers, readers = (
+                tuple(name for name in side if isinstance(modules[name], nn.Conv2d))
+                for side in (group.outputs, group.inputs)
+            )
+            convs = group.convs or makers or readers
+            places = tuple(positions[name] for name in group.gates)
+            groups.append(replace(group, convs=convs, positions=places))
         return sorted(groups, key=lambda group: group.positions)
 
     def group_widths(self) -> dict[str, int]:
@@ -164,6 +177,17 @@ class GatedModel(nn.Module):
         old = self.get_submodule(self.head)
         setattr(self, self.head, nn.Linear(old.in_features, num_classes))
         self.num_classes = num_classes
+
+    def init_weights(self) -> None:
+        """Initialise what torch's own defaults for the layers do not do as published."""
+        init_he_normal(self)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and statistics, in the present shape."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.init_weights()
 
     def checkpoint_blocks(self) -> list[nn.Module]:
         """Modules whose activations can be computed again on the way back, to save memory."""

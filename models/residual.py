@@ -56,7 +56,7 @@ class ResidualModel(GatedModel):
                 stream.readers += readers
                 yield stream.group()
                 stream = _Stream(f"{name}.", block.depth)
-                stream.writers += writers
+                stream.others += writers
         stream.readers.append(self.head)
         yield stream.group()
 
@@ -87,6 +87,7 @@ class _Stream:
         self.gates: list[str] = []
         self.norms: list[str] = []
         self.writers: list[str] = []
+        self.others: list[str] = []
         self.readers: list[str] = []
         self.add(prefix, k)
 
@@ -97,4 +98,4 @@ class _Stream:
         self.writers.append(f"{prefix}conv{k}")
 
     def group(self) -> ChannelGroup:
-        return ChannelGroup.around(self.gates, self.norms, self.writers, self.readers)
+        return ChannelGroup.around(self.gates, self.norms, self.writers, self.readers, self.others)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import Gate, init_he_normal
+from models.gate import Gate
 from models.residual import ResidualBlock, ResidualModel
 
 
@@ -87,7 +87,10 @@ class GateResNetCifar(ResidualModel):
         self.layer2 = self._stage(16, 32, blocks, stride=2)
         self.layer3 = self._stage(32, 64, blocks, stride=2)
         self.linear = nn.Linear(64, num_classes)
-        init_he_normal(self)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        super().init_weights()
         nn.init.kaiming_normal_(self.linear.weight)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import Gate, init_he_normal
+from models.gate import Gate
 from models.residual import ResidualBlock, ResidualModel
 
 # Depth -> whether the blocks are bottlenecks, and how many each of the four stages has.
@@ -83,7 +83,7 @@ class ResNetImageNet(ResidualModel):
                 channels = 64 * 2**s * (4 if bottleneck else 1)
             self.add_module(f"layer{s + 1}", nn.Sequential(*stage))
         self.fc = nn.Linear(channels, num_classes)
-        init_he_normal(self)
+        self.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.gate1(self.bn1(self.conv1(x))))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate, GatedModel, init_he_normal
+from models.gate import ChannelGroup, Gate, GatedModel
 
 WIDTHS = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -43,7 +43,7 @@ class GateVGG(GatedModel):
         # Adaptive, so that other image sizes work; on 32x32 the input is 1x1 already.
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
-        init_he_normal(self)
+        self.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
@@ -53,6 +53,4 @@ class GateVGG(GatedModel):
         readers = [f"features.{i}" for i in convs[1:]] + ["classifier"]
         for i, reader in zip(convs, readers, strict=True):
             conv, norm, gate = (f"features.{i + k}" for k in range(3))
-            yield ChannelGroup.around(
-                gates=(gate,), norms=(norm,), outputs=(conv,), inputs=(reader,)
-            )
+            yield ChannelGroup.around(gates=(gate,), norms=(norm,), convs=(conv,), inputs=(reader,))

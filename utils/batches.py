@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.data import ImageData, ImageSet, Normalisation
+from utils.data import ImageData, ImageSet, Normalisation, hold_out
 from utils.distributed import Runtime
 
 TEST_BATCH = 500
@@ -120,19 +120,27 @@ class Batches:
         return len(self._shares())
 
 
-def train_and_test_batches(
+def image_batches(
     data: ImageData,
     batch_size: int,
     runtime: Runtime,
     *,
     seed: int,
+    holdout: int = 0,
     limit_train: int | None = None,
     limit_test: int | None = None,
-) -> tuple[Batches, Batches]:
-    """Augmented training batches, and the plain test images in batches of ``TEST_BATCH``."""
+) -> tuple[Batches, Batches, Batches | None]:
+    """Augmented training batches, and in plain batches of ``TEST_BATCH`` the test images and those
+    that are held out of training, if any.
+    """
+    trained, held = hold_out(data.train, holdout)
     of = data.normalisation, runtime
-    train = Batches(data.train, batch_size, *of, augment=True, seed=seed, limit=limit_train)
-    return train, Batches(data.test, TEST_BATCH, *of, limit=limit_test)
+    train = Batches(trained, batch_size, *of, augment=True, seed=seed, limit=limit_train)
+    plain = (
+        Batches(images, TEST_BATCH, *of, limit=limit_test) if images else None
+        for images in (data.test, held)
+    )
+    return train, *plain
 
 
 def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:

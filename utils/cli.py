@@ -101,6 +101,7 @@ def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str],
 count = _number(int, 1, 2**31, "a whole number of at least 1")
 count_or_zero = _number(int, 0, 2**31, "a whole number of at least 0")
 ratio = _number(float, 0, 1, "a ratio in [0, 1)")
+share = _number(float, sys.float_info.min, 1 + sys.float_info.epsilon, "a share in (0, 1]")
 positive = _number(float, sys.float_info.min, float("inf"), "a positive number")
 weight = _number(float, 0, float("inf"), "a number of at least 0")
 

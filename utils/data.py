@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -64,6 +64,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, part: slice) -> ImageSet:
+        return ImageSet(self.images[part], self.labels[part])
+
+
+Images = TypeVar("Images", ImageSet, ImageSamples)
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -89,6 +95,17 @@ class ImageData:
         if said is None:
             return self
         return replace(self, normalisation=Normalisation(tuple(said["mean"]), tuple(said["std"])))
+
+
+def hold_out(images: Images, count: int) -> tuple[Images, Images | None]:
+    """Training images without the last ``count``, and these; None for no images.
+
+    Raises InputError where nothing would be left to train on.
+    """
+    rest = len(images) - count
+    if rest < 2:
+        raise InputError(f"--holdout {count}: there are only {len(images)} training images")
+    return (images[:rest], images[rest:]) if count else (images, None)
 
 
 def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> ImageData:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.optim.swa_utils import update_bn
+
 from models.gate import Gate, GatedModel
-from utils.batches import scoring_indices
-from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.cost import Cost, model_cost
+from utils.batches import SCORING, random_stream, scoring_indices
+from utils.budget import select_within
+from utils.checkpoint import Checkpoint, load_checkpoint, load_model
+from utils.cost import model_cost
 from utils.distributed import Runtime
 from utils.errors import InputError
-from utils.finetune import Metrics, evaluate, fit
-from utils.pruning import PruningPlan, select_channels
+from utils.finetune import evaluate, fit
+from utils.pruning import PruningPlan, Ranking, compose_kept, select_channels
 from utils.recipes import Recipe, Recipes
+from utils.result import Snapshot, add_surgery, first_result
 from utils.run import Run
-from utils.saliency import channel_saliency
+from utils.saliency import CRITERIA, channel_saliency
 from utils.surgery import prune, split_plan
 from utils.tracker import Tracker
 
@@ -60,19 +66,6 @@ def check_data(checkpoint: Checkpoint, classes: Sequence[str], image_size: int, 
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A network as measured: accuracy, cost, and the width of every channel group."""
-
-    metrics: Metrics
-    cost: Cost
-    widths: dict[str, int]
-    gate_entries: int
-
-    def __str__(self) -> str:
-        return f"{self.cost}, {self.metrics}"
-
-
-@dataclass(frozen=True)
 class Experiment:
     """What every step of a pruning experiment needs.
 
@@ -82,6 +75,8 @@ class Experiment:
         train, test: batches, as ``utils.batches.Batches``.
         image_size: side in pixels, for the cost.
         meta: metadata for every checkpoint.
+        holdout: batches that choose the best epoch in the place of the test set, if any.
+        recalibrate: batches that re-estimate the running statistics after every cut; 0 for none.
     """
 
     run: Run
@@ -90,10 +85,12 @@ class Experiment:
     test: Any
     image_size: int
     meta: Mapping[str, Any]
+    holdout: Any = None
+    recalibrate: int = 0
 
     def prune_and_fine_tune(
         self,
-        baseline: GatedModel,
+        baseline: Checkpoint,
         args: argparse.Namespace,
         recipes: Recipes,
         last: Checkpoint | None,
@@ -101,35 +98,63 @@ class Experiment:
         """The story of a pruning script: score, select, cut, measure, fine-tune.
 
         Args:
-            baseline: the network to prune; it is the pruned one afterwards.
+            baseline: holds the network to prune; it is the pruned one afterwards.
             args: what the command line says.
             recipes: how to fine-tune.
             last: a checkpoint of this run to continue from; what comes before it is not done again.
 
         Returns what result.json says.
         """
-        model = baseline.to(self.runtime.device)
+        model = baseline.model.to(self.runtime.device)
         if last:
             story = last.meta["training"]["story"]
-            plan, result = PruningPlan(story["plan"]), story["result"]
         else:
             before = self.measure(model)
             self.run.log(f"baseline: {args.net} on {args.dataset}, {before}; {self.runtime}")
-            plan = self.choose_channels(model, args)
-            pruned = prune(copy.deepcopy(model), plan)
-            after = self.measure(pruned)
-            self.run.log(f"after surgery: {after}")
-            self.run.save("pruned.pth", pruned, **self.meta, accuracy=after.metrics.accuracy)
-            result = pruning_result(args, plan, before, after)
-
+            story = {"plan": {}, "result": first_result(args, baseline, before)}
+        if args.steps:
+            stages = [
+                Stage(partial(self.choose_and_report, args, story, step), recipes.stage)
+                for step in range(1, args.steps + 1)
+            ]
+            stages += [training_stage(recipes.one_shot)] if args.epochs else []
+        else:
+            plan = PruningPlan(story["plan"])
+            if not last:
+                plan = self.choose_and_report(args, story, 1, model)
+            stages = plan_stages(model, plan, recipes, args)
         tracker = self.fine_tune(
-            last.model if last else model,
-            plan_stages(model, plan, recipes, args.smooth),
-            {"plan": plan.keep, "result": result},
-            every=args.checkpoint_every,
-            last=last,
+            last.model if last else model, stages, story, every=args.checkpoint_every, last=last
         )
-        return with_fine_tuning(result, tracker)
+        accuracies = self.accuracies(tracker)
+        result = story["result"]
+        for kind in ("accuracy", "top5"):
+            accuracies[kind] = {**result[kind], **accuracies[kind]}
+        return {**result, **accuracies, "history": tracker.history}
+
+    def choose_and_report(
+        self, args: argparse.Namespace, story: dict[str, Any], step: int, model: GatedModel
+    ) -> PruningPlan:
+        """What goes in a round of pruning, from 1 on; how the network does without it is measured.
+
+        ``story`` is brought up to date: the whole plan so far, and the result.
+        """
+        result = story["result"]
+        plan = self.choose_channels(model, args, result, step)
+        story["plan"] = compose_kept(story["plan"], plan)
+        self.run.save_plan(PruningPlan(story["plan"]))
+        pruned = prune(copy.deepcopy(model), plan)
+        after, recalibrated = self.measure(pruned), None
+        self.run.log(f"after surgery: {after}")
+        if self.recalibrate:
+            self.estimate_statistics(pruned)
+            recalibrated = evaluate(pruned, self.test, self.runtime)
+            self.run.log(f"recalibrated on {self.recalibrate} batches: {recalibrated}")
+        add_surgery(result, plan, after, recalibrated)
+        accuracy = (recalibrated or after.metrics).accuracy
+        self.run.save("pruned.pth", pruned, **self.meta, accuracy=accuracy)
+        self.run.draw_surgery(result, step)
+        return plan
 
     def measure(self, model: GatedModel) -> Snapshot:
         """Evaluate a network and count what it costs."""
@@ -137,22 +162,59 @@ class Experiment:
         gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
         return Snapshot(metrics, cost, model.group_widths(), gates)
 
-    def choose_channels(self, model: GatedModel, args: argparse.Namespace) -> PruningPlan:
-        """Score all channels on one batch and select, as the flags say; rank 0 does so for all."""
+    def estimate_statistics(self, model: GatedModel) -> None:
+        """BatchNorm's running statistics anew, as plain averages over the first training batches.
+
+        The weights stay; the batches are those of the first epoch, whenever this is.
+        """
+        self.train.set_epoch(0)
+        mode = model.training
+        update_bn(itertools.islice(self.train, self.recalibrate), model)
+        model.train(mode)
+
+    def choose_channels(
+        self, model: GatedModel, args: argparse.Namespace, result: Mapping[str, Any], step: int
+    ) -> PruningPlan:
+        """Score all channels on one batch and select, as the flags say; rank 0 does so for all.
+
+        Args:
+            model: the network as it is now.
+            args: what the command line says.
+            result: what is known so far: the size of the network before the first round.
+            step: the round, from 1 on; after round i of K, i/K of all that is to go is gone.
+        """
+        share = step / (args.steps or 1)
 
         def select() -> PruningPlan:
             indices = scoring_indices(self.train.images, args.score_images, args.score_seed)
-            self.run.log(f"scoring on {len(indices)} training images")
+            if CRITERIA[args.criterion].gradients:
+                self.run.log(f"scoring on {len(indices)} training images")
             saliency = channel_saliency(
                 model,
                 *self.train.pick(indices),
                 criterion=args.criterion,
                 w_beta=args.w_beta,
                 checkpoint_activations=args.checkpoint_activations,
+                generator=random_stream(args.seed, SCORING, step),
             )
-            self.run.draw_saliency(saliency)
+            self.run.draw_saliency(saliency, step)
             groups = model.channel_groups()
-            return select_channels(groups, saliency, args.p, min_channels=args.min_channels)
+            limits = {"min_channels": args.min_channels, "round_to": args.round_to}
+            if args.p is not None:
+                entries = result["gate_entries"]["before"]
+                return select_channels(groups, saliency, args.p * share, entries=entries, **limits)
+            of = "params" if args.macs is None else "macs"
+            whole, asked = result["cost"][of]["before"], getattr(args, of)
+            try:
+                return select_within(
+                    model, Ranking(groups, saliency, **limits), self.image_size, of,
+                    most=whole * (1 - (1 - asked) * share), least=whole * asked,
+                )  # fmt: skip
+            except ValueError as error:
+                raise InputError(
+                    f"--{of} {asked:g} of {whole}: {error}; ask for more of them, or see"
+                    " --min_channels and --round_to"
+                ) from None
 
         def select_or_refuse() -> PruningPlan:
             try:
@@ -162,15 +224,13 @@ class Experiment:
             except ValueError as error:
                 raise InputError(f"the network cannot be scored: {error}") from error
 
-        plan = self.runtime.on_main(select_or_refuse)
-        self.run.save_plan(plan)
-        return plan
+        return self.runtime.on_main(select_or_refuse)
 
     def fine_tune(
         self,
         model: GatedModel,
         stages: Sequence[Stage],
-        story: Mapping[str, Any],
+        story: dict[str, Any] | None = None,
         *,
         every: int | None = None,
         last: Checkpoint | None = None,
@@ -182,13 +242,16 @@ class Experiment:
 
         Args:
             model: the network before the first stage; with ``last``, whatever that file holds.
-            stages: see ``plan_stages``.
+            stages: what to cut and how to train, one after the other.
             story, every: see ``Tracker``.
             last: a checkpoint to continue from.
         """
         self.runtime.on_main(lambda: self.run.check_space(model))
         total = sum(stage.recipe.epochs for stage in stages)
-        tracker = Tracker(self.run, self.runtime, model, total, self.meta, every=every, story=story)
+        tracker = Tracker(
+            self.run, self.runtime, model, total, self.meta, every=every, story=story,
+            chosen_on="holdout" if self.holdout else "test",
+        )  # fmt: skip
         resume = last.meta["training"] if last else None
         for number, stage in enumerate(stages, start=1):
             if resume and number < resume["stage"]:
@@ -197,72 +260,87 @@ class Experiment:
             if resume:
                 tracker.continue_stage(resume, stage.recipe.epochs, final)
             else:
-                prune(model, stage.plan)
-                tracker.start_stage(stage.recipe.epochs, final)
                 if len(stages) > 1:
-                    what = f"cut {', '.join(stage.plan.keep)}" if stage.plan.keep else "all is cut"
-                    self.run.log(f"stage {number}/{len(stages)}: {what}")
+                    self.run.log(f"stage {number}/{len(stages)}:")
+                self.cut(model, stage)
+                tracker.start_stage(stage.recipe.epochs, final)
             with self.run.signals.deferred():
                 fit(
-                    model, self.train, self.test, stage.recipe, self.runtime, watch=tracker,
-                    resume=resume, first_epoch=sum(s.recipe.epochs for s in stages[: number - 1]),
+                    model, self.train, self.holdout or self.test, stage.recipe, self.runtime,
+                    watch=tracker, resume=resume,
+                    first_epoch=sum(s.recipe.epochs for s in stages[: number - 1]),
                 )  # fmt: skip
             resume = None
         return tracker
 
+    def cut(self, model: GatedModel, stage: Stage) -> None:
+        """Cut in place what a stage cuts, and begin with fresh weights where it says so."""
+        plan = stage.choose(model)
+        losing = list(plan.losses(model.group_widths()).keep)
+        prune(model, plan)
+        if stage.fresh:
+            model.reset_parameters()
+        elif losing and self.recalibrate:
+            self.estimate_statistics(model)
+        if losing:
+            self.run.log(f"cut {', '.join(losing)}")
+
+    def accuracies(self, tracker: Tracker) -> dict[str, Any]:
+        """Of the last epoch and of the best one, on the test set, which epochs with a holdout have
+        not seen; what they reached on that is told beside.
+        """
+        kinds = ("accuracy", "top5")
+        chosen = {kind: tracker.accuracies(kind) for kind in kinds}
+        if not self.holdout or tracker.last is None:
+            return chosen
+        path = self.run.folder / "model_best.pth"
+        best = self.runtime.main_first(lambda: load_model(path))  # once rank 0 has written it
+        last = evaluate(tracker.model, self.test, self.runtime)
+        best = evaluate(best, self.test, self.runtime)
+        on_test = {
+            kind: {
+                "last": getattr(last, kind), "best": getattr(best, kind),
+                "best_epoch": tracker.best.number,
+            }
+            for kind in kinds
+        }  # fmt: skip
+        return {**on_test, "holdout": {"images": self.holdout.images, **chosen}}
+
+
+def _nothing(model: GatedModel) -> PruningPlan:
+    return PruningPlan({})
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a plan, and how to fine-tune once it is cut."""
+    """A part of the work: cut something, and train.
 
-    plan: PruningPlan
+    Attributes:
+        choose: what to cut, given the network as it is by then.
+        recipe: how to train.
+        fresh: whether to begin with fresh weights.
+    """
+
+    choose: Callable[[GatedModel], PruningPlan]
     recipe: Recipe
+    fresh: bool = False
+
+
+def training_stage(recipe: Recipe) -> Stage:
+    """Cut nothing, and train."""
+    return Stage(_nothing, recipe)
 
 
 def plan_stages(
-    model: GatedModel, plan: PruningPlan, recipes: Recipes, smooth: bool
+    model: GatedModel, plan: PruningPlan, recipes: Recipes, args: argparse.Namespace
 ) -> list[Stage]:
     """One stage that cuts everything; or (``--smooth``) one per part, and a last that cuts nothing.
 
     ``model`` is the network that the plan was made for.
     """
-    if not smooth:
-        return [Stage(plan, recipes.one_shot)]
-    parts = [Stage(part, recipes.stage) for part in split_plan(model, plan)]
-    return [*parts, Stage(PruningPlan({}), recipes.final)]
-
-
-def pruning_result(
-    args: argparse.Namespace, plan: PruningPlan, before: Snapshot, after: Snapshot
-) -> dict[str, Any]:
-    """What result.json says before fine-tuning; ``with_fine_tuning`` adds the rest."""
-    return {
-        "net": args.net,
-        "dataset": args.dataset,
-        "criterion": args.criterion,
-        "smooth": args.smooth,
-        "seed": args.seed,
-        "ratio": {"asked": args.p, "reached": 1 - after.gate_entries / before.gate_entries},
-        "accuracy": {
-            "baseline": before.metrics.accuracy,
-            "after_surgery": after.metrics.accuracy,
-        },
-        "top5": {"baseline": before.metrics.top5, "after_surgery": after.metrics.top5},
-        "cost": {
-            "macs": {"before": before.cost.macs, "after": after.cost.macs},
-            "params": {"before": before.cost.params, "after": after.cost.params},
-        },
-        "channels": {
-            name: {"before": width, "after": after.widths[name]}
-            for name, width in before.widths.items()
-        },
-        "held_at_floor": list(plan.held_at_floor),
-    }
-
-
-def with_fine_tuning(result: Mapping[str, Any], tracker: Tracker) -> dict[str, Any]:
-    """The result once fine-tuning is done."""
-    accuracies = {
-        kind: {**result[kind], **tracker.accuracies(kind)} for kind in ("accuracy", "top5")
-    }
-    return {**result, **accuracies, "history": tracker.history}
+    if args.from_scratch:
+        return [Stage(lambda _: plan, recipes.scratch, fresh=True)]
+    if not args.smooth:
+        return [Stage(lambda _: plan, recipes.one_shot)]
+    parts = [Stage(lambda _, part=part: part, recipes.stage) for part in split_plan(model, plan)]
+    return [*parts, training_stage(recipes.final)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from models import ALIASES, NETWORKS
 from utils.acceleration import AMP, Acceleration
-from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, weight
+from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, share, weight
 from utils.data import DATASETS
 from utils.recipes import Cosine, Recipe, Recipes
 from utils.saliency import CRITERIA
@@ -45,6 +45,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="side of the images; folder images are resized and centre-cropped to it")
     add("--limit_train_batches", type=count, metavar="N", help="at most N batches an epoch")
     add("--limit_test_batches", type=count, metavar="N", help="evaluate on N batches of 500 only")
+
+
+def add_holdout_flag(parser: argparse.ArgumentParser) -> None:
+    """Which images choose the best epoch."""
+    parser.add_argument("--holdout", type=count_or_zero, default=0, metavar="N",
+                        help="keep the last N training images out of training and choose the best"
+                             " epoch by them; without it, the test set does")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
@@ -125,8 +132,13 @@ def add_pruning_flags(
 ) -> None:
     """How to score and select."""
     add = parser.add_argument_group("pruning").add_argument
-    add("--p", "-p", type=ratio, default=p, metavar="RATIO",
-        help="share of the channels to cut, over all layers together, in [0, 1)")
+    parser.set_defaults(default_p=p)
+    how_much = parser.add_argument_group("how much to cut, one of").add_mutually_exclusive_group()
+    how_much.add_argument("--p", "-p", type=ratio, metavar="RATIO",
+        help=f"share of the channels to cut, over all layers together, in [0, 1) (default: {p})")
+    how_much.add_argument("--macs", type=share, metavar="SHARE",
+        help="cut no more than it takes to keep at most this share of the multiply-adds")
+    how_much.add_argument("--params", type=share, metavar="SHARE", help="likewise, parameters")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="what scores a channel")
     add("--w_beta", type=weight, default=0.05, metavar="X", help="weight of the beta term of gfbs")
     add("--beta", action="store_true", default=True, help="score with the beta term, as usual")
@@ -140,6 +152,12 @@ def add_pruning_flags(
     add("--checkpoint_activations", action="store_true",
         help="score in less memory: activations are computed again on the way back")
     add("--min_channels", type=count, default=1, metavar="N", help="what every layer keeps")
+    add("--round_to", type=count, default=1, metavar="N",
+        help="round the widths that are left up to multiples of N, such as 8, which hardware likes")
+    add("--recalibrate", type=count_or_zero, default=0, metavar="N",
+        help="after surgery, estimate BatchNorm's running statistics anew over N training batches")
+    add("--from_scratch", action="store_true",
+        help="the control: train the pruned shape from fresh weights, by the baseline's recipe")
 
 
 def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
@@ -153,6 +171,10 @@ def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         add(flag, type=count_or_zero, metavar="N",
             help=f"epochs of fine-tuning {when} (default: {recipe.epochs} where --epochs is"
                  f" {recipes.one_shot.epochs}, and in proportion)")
+    add("--steps", type=count, metavar="K",
+        help="reach the goal in K rounds of scoring, cutting and fine-tuning, then --epochs more")
+    add("--step_epochs", type=count_or_zero, metavar="N",
+        help="epochs of fine-tuning after each round (default: as --smooth_epochs)")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +220,8 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"
              " start afresh where there is none")
+    add("--skip_finished", action="store_true",
+        help="do nothing where this very run has left its result.json")
     add("--checkpoint_every", type=count, metavar="N",
         help="write last.pth after every N batches, too, and not only after every epoch")
 
@@ -216,7 +240,10 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Only the last stage of ``--smooth`` leaves checkpoints, so there must be one."""
+    """One way to cut at a time; and ``--smooth`` needs a last stage, which leaves checkpoints."""
+    ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
+    if len(ways) > 1:
+        parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
     lengths = (args.epochs if n is None else n for n in (args.smooth_epochs, args.final_epochs))
     stages, final = lengths
     if args.smooth and stages and not final:
@@ -233,21 +260,34 @@ def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace)
     del args.beta, args.no_beta, args.beta_only
 
 
+def resolve_ratio(args: argparse.Namespace) -> None:
+    """The published ratio where neither a ratio nor a budget is asked for."""
+    if args.macs is None and args.params is None and args.p is None:
+        args.p = args.default_p
+    del args.default_p
+
+
 # Flags that say where and how a run computes, not what: runs that differ in nothing else are one
 # and the same experiment.
 NO_CONFIGURATION = {
     "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "deterministic",
-    "device", "gpu", "logdir", "output", "overwrite", "resume", "workers",
+    "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished", "workers",
 }  # fmt: skip
 
 
 def configuration(
-    args: argparse.Namespace, classes: Sequence[str], baseline: str | None = None
+    args: argparse.Namespace, classes: Sequence[str] | None = None, baseline: str | None = None
 ) -> dict[str, Any]:
-    """What makes an experiment what it is: flags, classes, and the weights that it starts from."""
-    flags = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
-    names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
-    return {**flags, "classes": f"{len(classes)} ({names})", "baseline": baseline}
+    """What makes an experiment what it is: flags, classes, and the weights that it starts from.
+
+    Without classes where the data have not been read yet.
+    """
+    config = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+    config["baseline"] = baseline
+    if classes is not None:
+        names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
+        config["classes"] = f"{len(classes)} ({names})"
+    return config
 
 
 def imagenet_cosine(args: argparse.Namespace) -> Cosine | None:
@@ -259,14 +299,19 @@ def imagenet_cosine(args: argparse.Namespace) -> Cosine | None:
 
 def adapt(args: argparse.Namespace, published: Recipes, cosine: Cosine | None) -> Recipes:
     """The published recipes with what the command line asks for."""
+    stage_epochs = args.step_epochs if args.steps else args.smooth_epochs
     return published.adapted(
-        args.epochs, args.smooth_epochs, args.final_epochs, args.lr, args.weight_decay, cosine
+        args.epochs, stage_epochs, args.final_epochs, args.lr, args.weight_decay, cosine
     )
 
 
 def run_name(args: argparse.Namespace) -> str:
     """Name of a pruning run, below the folder of its network."""
-    return f"{args.criterion}_p{args.p:g}{'_smooth' * args.smooth}_seed{args.seed}"
+    sizes = {"p": args.p, "macs": args.macs, "params": args.params}
+    how_much = next(f"{name}{value:g}" for name, value in sizes.items() if value is not None)
+    steps = f"_steps{args.steps}" if args.steps else ""
+    how = f"{'_smooth' * args.smooth}{steps}{'_scratch' * args.from_scratch}"
+    return f"{args.criterion}_{how_much}{how}_seed{args.seed}"
 
 
 def network_folder(args: argparse.Namespace) -> str:

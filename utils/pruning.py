@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,69 +104,133 @@ def compose_kept(kept: Mapping[str, Sequence[int]], plan: PruningPlan) -> dict[s
     return {**kept, **after}
 
 
+class Ranking:
+    """All channels of a network in order of their saliency, from which plans of any size are cut.
+
+    Every gate of every group contributes its channels' scores, in module order; of equal scores
+    the later entry ranks higher.
+
+    Args:
+        groups: the channel groups of the network.
+        saliency: scores (C,) by group name.
+        min_channels: floor for every group, of its most salient channels; a narrower group keeps
+            all it has.
+        round_to: widths are rounded up to multiples of it, by the next most salient channels of
+            the group, and never above the present width.
+
+    Attributes:
+        entries: how many gate entries there are.
+
+    Raises ValueError for a floor or a multiple below 1, or scores that are missing or not finite
+    (with the group's name).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        saliency: Mapping[str, Tensor],
+        *,
+        min_channels: int = 1,
+        round_to: int = 1,
+    ):
+        for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for group in groups:
+            if group.name not in saliency:
+                raise ValueError(f"no saliency for channel group {group.name}")
+            if not torch.isfinite(saliency[group.name]).all():
+                raise ValueError(f"the saliency of channel group {group.name} is not finite")
+        self.groups, self.min_channels, self.round_to = list(groups), min_channels, round_to
+        self._owners = _gate_owners(groups)
+        self._scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
+        self._sizes = [len(self._scores[group.name]) for group in self._owners]
+        self._order = _descending(torch.cat([self._scores[g.name] for g in self._owners]))
+        self.entries = len(self._order)
+
+    def cut_after(self, kept: int) -> int:
+        """The published rule: while the first entry to go belongs to a group of several gates, one
+        entry more stays, so that coupled channels are not split.
+        """
+        coupled = torch.cat(
+            [
+                torch.full((size,), len(group.gates) > 1)
+                for group, size in zip(self._owners, self._sizes, strict=True)
+            ]
+        )[self._order]
+        while kept < self.entries and coupled[kept]:
+            kept += 1
+        return kept
+
+    def plan(self, kept: int) -> PruningPlan:
+        """Keep the first ``kept`` entries, and what floor and rounding add to them.
+
+        A channel stays if any of its entries does: equal scores may leave the copies of one channel
+        on both sides. A plan of more entries contains every plan of fewer.
+        """
+        stays = torch.zeros(self.entries, dtype=torch.bool)
+        stays[self._order[:kept]] = True
+        masks: dict[str, Tensor] = {}
+        for group, part in zip(self._owners, stays.split(self._sizes), strict=True):
+            masks[group.name] = masks.get(group.name, False) | part
+
+        keep, held = {}, []
+        for group in self.groups:
+            mask = masks[group.name]
+            width, floor = int(mask.sum()), min(self.min_channels, len(mask))
+            if width < floor:
+                held.append(group.name)
+            width = min(_multiple_from(max(width, floor), self.round_to), len(mask))
+            mask[_descending(self._scores[group.name])[:width]] = True
+            keep[group.name] = mask.nonzero().flatten().tolist()
+        return PruningPlan(keep, tuple(held))
+
+
 def select_channels(
     groups: Sequence[ChannelGroup],
     saliency: Mapping[str, Tensor],
     ratio: float,
     *,
     min_channels: int = 1,
+    round_to: int = 1,
+    entries: int | None = None,
 ) -> PruningPlan:
     """Keep the most salient channels of the whole network, as the published code selects them.
 
-    Every gate of every group contributes its channels' scores, in module order: N entries, of which
-    the first ``int(N * (1 - ratio))`` in descending order stay (among equal scores the later entry
-    ranks higher). While the entry at the cut belongs to a group of several gates, the cut moves on
-    by one, so that coupled channels are not split. A group that would keep fewer than
-    ``min_channels`` keeps that many of its most salient ones.
+    Of N gate entries (see ``Ranking``) the first ``int(N * (1 - ratio))`` stay, or a few more where
+    the cut would split coupled channels.
 
     Args:
-        groups: the channel groups of the network.
-        saliency: scores (C,) by group name.
+        groups, saliency, min_channels, round_to: see ``Ranking``.
         ratio: share of the entries to remove, in [0, 1).
-        min_channels: floor for every group; a narrower group keeps all its channels.
+        entries: the N of which the ratio is a share, by default those there are: a network that has
+            been cut before may count from what it had.
 
-    Raises ValueError for a ratio outside [0, 1), a floor below 1, or scores that are missing, of
-    another number of channels than the others of their group, or not finite (with the group's
-    name).
+    Raises ValueError for a ratio outside [0, 1), and as ``Ranking`` does.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
-    if min_channels < 1:
-        raise ValueError(f"min_channels must be at least 1, not {min_channels}")
-    for group in groups:
-        if group.name not in saliency:
-            raise ValueError(f"no saliency for channel group {group.name}")
-        if not torch.isfinite(saliency[group.name]).all():
-            raise ValueError(f"the saliency of channel group {group.name} is not finite")
+    ranking = Ranking(groups, saliency, min_channels=min_channels, round_to=round_to)
+    total = ranking.entries if entries is None else entries
+    return ranking.plan(ranking.cut_after(min(ranking.entries, int(total * (1 - ratio)))))
 
-    owners = _gate_owners(groups)
-    scores = torch.cat([saliency[group.name].detach().cpu() for group in owners])
-    coupled = torch.cat(
-        [torch.full(saliency[group.name].shape, len(group.gates) > 1) for group in owners]
+
+def largest_plan(ranking: Ranking, fits: Callable[[PruningPlan], bool]) -> PruningPlan | None:
+    """The plan of the most channels that ``fits``, by bisection; None if even the floor does not.
+
+    Where a plan fits, so must every smaller one. Coupled channels go one by one, all copies of one
+    together, so that a budget is met as closely as the network allows.
+    """
+    # The smallest number of entries whose plan does not fit; everything may.
+    beyond = bisect.bisect_left(
+        range(ranking.entries + 1), True, key=lambda kept: not fits(ranking.plan(kept))
     )
-    order = _descending(scores)
-    cut = int(len(scores) * (1 - ratio))
-    while cut < len(scores) and coupled[order[cut]]:
-        cut += 1
-    stays = torch.zeros(len(scores), dtype=torch.bool)
-    stays[order[:cut]] = True
+    return ranking.plan(beyond - 1) if beyond else None
 
-    # A channel stays if any of its entries does: equal scores may leave the copies of one channel
-    # on both sides.
-    stays_in_group: dict[str, Tensor] = {}
-    for group, part in zip(
-        owners, stays.split([len(saliency[group.name]) for group in owners]), strict=True
-    ):
-        stays_in_group[group.name] = stays_in_group.get(group.name, False) | part
 
-    keep, held = {}, []
-    for group in groups:
-        mask = stays_in_group[group.name]
-        if mask.sum() < min(min_channels, len(mask)):
-            held.append(group.name)
-            mask[_descending(saliency[group.name].detach().cpu())[:min_channels]] = True
-        keep[group.name] = mask.nonzero().flatten().tolist()
-    return PruningPlan(keep, tuple(held))
+def _multiple_from(width: int, step: int) -> int:
+    """The least multiple of ``step`` that is not below ``width``."""
+    return -(-width // step) * step
 
 
 def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

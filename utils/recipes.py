@@ -102,16 +102,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Recipes:
-    """How to fine-tune: one shot, or (``--smooth``) after each stage of the cut and at the end."""
+    """How to train what is pruned.
+
+    Attributes:
+        one_shot: fine-tuning once everything is cut.
+        stage: fine-tuning in between, where the cut comes in parts (``--smooth``, ``--steps``).
+        final: fine-tuning at the end of ``--smooth``.
+        scratch: the recipe of unpruned networks, for ``--from_scratch``.
+    """
 
     one_shot: Recipe
     stage: Recipe
     final: Recipe
+    scratch: Recipe
 
     def adapted(
         self, epochs: int, stage_epochs: int | None, final_epochs: int | None, *changes: Any
     ) -> Recipes:
-        """Other lengths, and the further arguments of ``Recipe.adapted`` in all three.
+        """Other lengths, and the further arguments of ``Recipe.adapted`` in all of them.
 
         A stage whose length is None keeps its share of the one shot's ``epochs``, rounded up.
         """
@@ -124,6 +132,7 @@ class Recipes:
             self.one_shot.adapted(epochs, *changes),
             in_proportion(self.stage, stage_epochs),
             in_proportion(self.final, final_epochs),
+            self.scratch.adapted(epochs, *changes),
         )
 
 
@@ -138,12 +147,15 @@ CIFAR_RECIPES = Recipes(
     one_shot=Recipe(epochs=160, lr=0.01, weight_decay=5e-4, milestones=(60, 120), gamma=0.2),
     stage=Recipe(epochs=30, lr=0.01, weight_decay=5e-4, milestones=(5, 10), gamma=0.1),
     final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
+    scratch=CIFAR_BASELINE,
 )
 
 
 # The published recipes for pruned networks on ImageNet.
+_IMAGENET = Recipe(epochs=120, lr=0.1, weight_decay=1e-4, milestones=(30, 60, 90), gamma=0.1)
 IMAGENET_RECIPES = Recipes(
-    one_shot=Recipe(epochs=120, lr=0.1, weight_decay=1e-4, milestones=(30, 60, 90), gamma=0.1),
+    one_shot=_IMAGENET,
     stage=Recipe(epochs=10, lr=0.01, weight_decay=5e-4, milestones=(5, 8), gamma=0.1),
     final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
+    scratch=_IMAGENET,  # torchvision's weights, too, were trained by such a recipe
 )

@@ -15,6 +15,22 @@ from utils.errors import InputError
 PREVIOUS = "last_previous.pth"
 
 
+def finished_result(folder: Path, config: Mapping[str, Any], runtime: Runtime) -> Any:
+    """What result.json says where a run of this configuration has ended; else None.
+
+    Whether its data have the same classes is not looked at: nothing is read for it.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        if differences({**result["config"], "classes": None}, config):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if runtime.is_main:
+        print(f"done already; results in {folder}")
+    return result
+
+
 def load_last(
     folder: Path, net: str, config: Mapping[str, Any], runtime: Runtime
 ) -> Checkpoint | None:

@@ -95,7 +95,7 @@ class Run:
             # TensorBoard shows nothing of what was written from that step on by an earlier run.
             self.board = SummaryWriter(str(logdir), purge_step=done + 1)
         with _writable(self.folder, "--output"):
-            for name in RESULTS if replace else ():
+            for name in RESULTS if replace else ("result.json",):  # of a run that is done again
                 (self.folder / name).unlink(missing_ok=True)
             remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
@@ -118,6 +118,7 @@ class Run:
         self.signals.install()
         try:
             self.log(f"$ {command_line()}")
+            self.draw_config()
             if self.writes and self._lock.took_over:
                 self.log(f"took the folder over from {self._lock.took_over}, which is gone")
         except BaseException:
@@ -165,29 +166,64 @@ class Run:
                 self._log.write(text + "\n")
                 self._log.flush()
 
-    def log_epoch(self, epoch: Epoch, epochs: int, seconds_left: float) -> None:
+    def log_epoch(self, epoch: Epoch, epochs: int, seconds_left: float, tested_on: str) -> None:
         """One line about an epoch."""
         self.log(
             f"epoch {epoch.number}/{epochs}  lr {epoch.lr:.4g}"
             f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
-            f"  test {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
+            f"  {tested_on} {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
             f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
 
-    def draw_epoch(self, epoch: Epoch, step: int) -> None:
+    def draw_epoch(self, epoch: Epoch, step: int, tested_on: str) -> None:
         """TensorBoard scalars at ``step``, the epochs since the run began."""
         scalars = {"lr": epoch.lr, "images_per_second": epoch.images_per_second}
-        for part, metrics in (("train", epoch.train), ("test", epoch.test)):
+        for part, metrics in (("train", epoch.train), (tested_on, epoch.test)):
             scalars |= {f"loss/{part}": metrics.loss, f"accuracy/{part}": metrics.accuracy}
         with self._drawing() as board:
             for name, value in scalars.items() if board else ():
                 board.add_scalar(name, value, step)
 
-    def draw_saliency(self, saliency: Mapping[str, Tensor]) -> None:
-        """A TensorBoard histogram of every group's scores."""
+    def draw_saliency(self, saliency: Mapping[str, Tensor], step: int) -> None:
+        """A TensorBoard histogram of every group's scores, in a round of pruning."""
         with self._drawing() as board:
             for name, scores in saliency.items() if board else ():
-                board.add_histogram(f"saliency/{name}", scores.detach().cpu(), 0)
+                board.add_histogram(f"saliency/{name}", scores.detach().cpu(), step)
+
+    def draw_surgery(self, result: Mapping[str, Any], step: int) -> None:
+        """TensorBoard: the channels that every group keeps after a round, as curves and a table."""
+        rows = ["| group | before | after |", "| --- | --- | --- |"]
+        with self._drawing() as board:
+            for name, channels in result["channels"].items() if board else ():
+                board.add_scalar(f"channels/{name}", channels["after"], step)
+                rows.append(f"| {name} | {channels['before']} | {channels['after']} |")
+            if board:
+                board.add_text("channels", "\n".join(rows), step)
+
+    def draw_config(self) -> None:
+        """TensorBoard: the configuration as a table."""
+        rows = [f"| {name} | {value} |" for name, value in self.config.items()]
+        with self._drawing() as board:
+            if board:
+                board.add_text(
+                    "configuration", "\n".join(["| flag | value |", "| --- | --- |", *rows])
+                )
+
+    def draw_result(self, result: Mapping[str, Any]) -> None:
+        """TensorBoard's HPARAMS: what was asked for beside what came out."""
+        asked = {
+            k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.config.items()
+        }
+        metrics = {
+            f"result/accuracy/{name}": value
+            for name, value in result["accuracy"].items()
+            if value is not None and name != "best_epoch"
+        }
+        for name, cost in result["cost"].items():
+            metrics[f"result/{name}"] = cost["after"] if isinstance(cost, Mapping) else cost
+        with self._drawing() as board:
+            if board:
+                board.add_hparams(asked, metrics, run_name=".")
 
     @contextmanager
     def _drawing(self) -> Iterator[SummaryWriter | None]:
@@ -250,6 +286,7 @@ class Run:
         if self.writes:
             with self._writing():
                 write_json(self.folder / "result.json", record)
+        self.draw_result(result)
         self.log(f"took {format_seconds(record['wall_time_seconds'])}; results in {self.folder}")
         return record
 

@@ -7,33 +7,42 @@ Equations are those of the paper, "Exploring Gradient Flow Based Saliency for DN
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.gate import GatedModel
+from models.gate import ChannelGroup, GatedModel
 
 
 @dataclass(frozen=True)
 class GroupSignals:
-    """What a criterion sees of one channel group with k norms and C channels; every tensor is (k,
-    C).
+    """What a criterion sees of one channel group with C channels.
 
     Attributes:
-        gamma: the norms' scales.
-        gamma_grad: the gradients of the loss with respect to them.
-        beta: the norms' shifts.
+        gamma: scales of the group's norms (k, C).
+        beta: their shifts (k, C).
+        filters: for each of the group's convolutions, what it has to do with each channel: the
+            filters that make the channels, flattened, (C, inputs * height * width), or, where it
+            only reads them, its input slices.
+        random: (C,) uniform in [0, 1), other numbers for every group.
+        gamma_grad: gradients of the loss with respect to gamma (k, C); None unless the criterion's
+            ``gradients`` are those of the norms.
+        gate_grad: gradients with respect to the gates (gates, C); likewise.
     """
 
     gamma: Tensor
-    gamma_grad: Tensor
     beta: Tensor
+    filters: list[Tensor]
+    random: Tensor
+    gamma_grad: Tensor | None = None
+    gate_grad: Tensor | None = None
 
 
 def unit(x: Tensor) -> Tensor:
@@ -62,11 +71,66 @@ def gfbs(group: GroupSignals, w_beta: float) -> Tensor:
     return taylor(group, w_beta) + beta(group, w_beta)
 
 
-# Name -> score (C,) of one group. A new criterion is one function and one line here.
-CRITERIA: dict[str, Callable[[GroupSignals, float], Tensor]] = {
-    "gfbs": gfbs,
-    "taylor": taylor,
-    "beta": beta,
+def slimming(group: GroupSignals, w_beta: float) -> Tensor:
+    """|gamma|, compared over all layers as it is: Liu et al., "Network Slimming" (ICCV 2017),
+    section 3, there after training with an L1 penalty on gamma.
+    """
+    return group.gamma.abs().mean(0)
+
+
+def taylor_fo(group: GroupSignals, w_beta: float) -> Tensor:
+    """(dL/dz)^2 of a gate z = 1 behind the norm: Molchanov et al., "Importance Estimation for
+    Neural Network Pruning" (CVPR 2019), section 3, the first-order importance (dL/dz * z)^2.
+    """
+    return group.gate_grad.square().mean(0)
+
+
+def l1(group: GroupSignals, w_beta: float) -> Tensor:
+    """sum |w| over each filter: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017),
+    section 3.1. Layers are divided by their L2 norm to be comparable, as the paper's are not.
+    """
+    return unit(torch.stack([filters.abs().sum(1) for filters in group.filters])).mean(0)
+
+
+def fpgm(group: GroupSignals, w_beta: float) -> Tensor:
+    """sum_j ||w - w_j|| over the filters j of the layer: what is near the geometric median is what
+    others can stand in for. He et al., "Filter Pruning via Geometric Median" (CVPR 2019), section
+    3.4. Layers are divided by their L2 norm.
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # the distance of two equal filters is zero
+    distances = [torch.cdist(f, f, compute_mode=exact).sum(1) for f in group.filters]
+    return unit(torch.stack(distances)).mean(0)
+
+
+def random(group: GroupSignals, w_beta: float) -> Tensor:
+    """The control: every channel is as likely to go as any other."""
+    return group.random
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How to score channels.
+
+    Attributes:
+        score: from the signals of a group and w_beta to its scores (C,).
+        gradients: whose gradients the score needs, "norms" or "gates"; with None the batch is not
+            looked at.
+    """
+
+    score: Callable[[GroupSignals, float], Tensor]
+    gradients: Literal["norms", "gates"] | None = None
+
+
+# A new criterion is one function and one line here.
+CRITERIA = {
+    "gfbs": Criterion(gfbs, gradients="norms"),
+    "taylor": Criterion(taylor, gradients="norms"),
+    "beta": Criterion(beta),
+    "slimming": Criterion(slimming),
+    "taylor_fo": Criterion(taylor_fo, gradients="gates"),
+    "l1": Criterion(l1),
+    "fpgm": Criterion(fpgm),
+    "random": Criterion(random),
 }
 
 
@@ -78,6 +142,7 @@ def channel_saliency(
     criterion: str = "gfbs",
     w_beta: float = 0.05,
     checkpoint_activations: bool = False,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Score every prunable channel of ``model`` on one minibatch.
 
@@ -93,6 +158,7 @@ def channel_saliency(
         w_beta: weight of the beta term.
         checkpoint_activations: keep only what lies between the network's ``checkpoint_blocks``, and
             compute the rest again on the way back: less memory, the same scores.
+        generator: on the CPU, of the criterion ``random``; by default one with seed 0.
 
     Returns the scores (C,) by group name, on the CPU.
 
@@ -101,28 +167,72 @@ def channel_saliency(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
+    generator = generator or torch.Generator().manual_seed(0)
+    score, gradients_of = CRITERIA[criterion].score, CRITERIA[criterion].gradients
     groups = model.channel_groups()
-    norms = {name: model.get_submodule(name) for group in groups for name in group.norms}
-    blocks = model.checkpoint_blocks() if checkpoint_activations else []
-    with unchanged(model), recomputed(blocks), torch.enable_grad():
-        model.train()
-        gammas = [norm.weight.requires_grad_() for norm in norms.values()]
-        loss = F.cross_entropy(model(images), labels)
-        gradients = dict(zip(norms, torch.autograd.grad(loss, gammas), strict=True))
+    watched: dict[str, nn.Parameter] = {}
+    if gradients_of == "norms":
+        watched = {n: model.get_submodule(n).weight for group in groups for n in group.norms}
+    elif gradients_of == "gates":
+        watched = {n: model.get_submodule(n).gate for group in groups for n in group.gates}
+    gradients = _gradients(model, images, labels, watched, checkpoint_activations)
 
     saliency = {}
     for group in groups:
-        signals = GroupSignals(
-            gamma=torch.stack([norms[name].weight.detach() for name in group.norms]).cpu(),
-            gamma_grad=torch.stack([gradients[name] for name in group.norms]).cpu(),
-            beta=torch.stack([norms[name].bias.detach() for name in group.norms]).cpu(),
-        )
-        saliency[group.name] = CRITERIA[criterion](signals, w_beta)
+        signals = _signals(model, group, gradients, generator)
+        saliency[group.name] = score(signals, w_beta).cpu()
         if not torch.isfinite(saliency[group.name]).all():
             raise ValueError(
                 f"the {criterion} saliency of channel group {group.name} is not finite"
             )
     return saliency
+
+
+def _gradients(
+    model: GatedModel,
+    images: Tensor,
+    labels: Tensor,
+    watched: Mapping[str, nn.Parameter],
+    checkpoint_activations: bool,
+) -> dict[str, Tensor]:
+    """Of the cross-entropy with respect to some parameters, in train mode, each flattened."""
+    if not watched:
+        return {}
+    blocks = model.checkpoint_blocks() if checkpoint_activations else []
+    with unchanged(model), recomputed(blocks), torch.enable_grad():
+        model.train()
+        parameters = [parameter.requires_grad_() for parameter in watched.values()]
+        loss = F.cross_entropy(model(images), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+    return {name: grad.flatten() for name, grad in zip(watched, gradients, strict=True)}
+
+
+def _signals(
+    model: GatedModel,
+    group: ChannelGroup,
+    gradients: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> GroupSignals:
+    norms = [model.get_submodule(name) for name in group.norms]
+    gamma = torch.stack([norm.weight.detach() for norm in norms]).cpu()
+    gamma_grad, gate_grad = (
+        torch.stack([gradients[name] for name in names]).cpu()
+        if gradients.keys() >= set(names)
+        else None
+        for names in (group.norms, group.gates)
+    )
+    filters = []
+    for name in group.convs:
+        weight = model.get_submodule(name).weight.detach()
+        filters.append((weight if name in group.outputs else weight.transpose(0, 1)).flatten(1))
+    return GroupSignals(
+        gamma=gamma,
+        beta=torch.stack([norm.bias.detach() for norm in norms]).cpu(),
+        filters=filters,
+        random=torch.rand(gamma.shape[1], generator=generator),
+        gamma_grad=gamma_grad,
+        gate_grad=gate_grad,
+    )
 
 
 @contextmanager

@@ -27,10 +27,11 @@ class Tracker(Watch):
         total_epochs: of all stages of the run together, to estimate the time left.
         meta: metadata for every checkpoint.
         every: save last.pth after so many batches, too, and not only after every epoch.
-        story: what the run knows besides, kept in last.pth for whoever continues it.
+        story: what the run knows besides, kept in last.pth as it is by then, for whoever continues.
+        chosen_on: the images on which epochs are compared: "test" set, or "holdout".
 
     Attributes:
-        best: the epoch of the last stage with the highest accuracy on the test set; the first of
+        best: the epoch of the last stage with the highest accuracy on those images; the first of
             equals.
         last: the latest epoch of this stage.
         done: epochs of all stages so far.
@@ -48,9 +49,11 @@ class Tracker(Watch):
         *,
         every: int | None = None,
         story: Mapping[str, Any] | None = None,
+        chosen_on: str = "test",
     ):
         self.run, self.runtime, self.model, self.total = run, runtime, model, total_epochs
-        self.meta, self.every, self.story = dict(meta), every, dict(story or {})
+        self.meta, self.every, self.chosen_on = dict(meta), every, chosen_on
+        self.story = {} if story is None else story
         self.best: Epoch | None = None
         self.last: Epoch | None = None
         self.stage = self.done = 0
@@ -98,16 +101,19 @@ class Tracker(Watch):
 
     def after_epoch(self, epoch: Epoch, state: Callable[[], dict[str, Any]]) -> None:
         self.done += 1
-        self.history.append({**epoch.as_dict(), "stage": self.stage})
+        what = {"stage": self.stage, "tested_on": self.chosen_on}
+        self.history.append({**epoch.as_dict(), **what})
         self.last = epoch
         pace = (time.perf_counter() - self.began) / (self.done - self.done_before)
-        self.run.log_epoch(epoch, self.stage_epochs, pace * (self.total - self.done))
+        left = pace * (self.total - self.done)
+        self.run.log_epoch(epoch, self.stage_epochs, left, self.chosen_on)
         if self.final and (self.best is None or epoch.test.accuracy > self.best.test.accuracy):
             self.best = epoch
             about = {"accuracy": epoch.test.accuracy, "epoch": epoch.number}
-            self.run.save("model_best.pth", self.model, **self.meta, **about, chosen="best on test")
+            about["chosen"] = f"best on {self.chosen_on}"
+            self.run.save("model_best.pth", self.model, **self.meta, **about)
         self._save_last(state())
-        self.run.draw_epoch(epoch, self.done)
+        self.run.draw_epoch(epoch, self.done, self.chosen_on)
         signum = self.runtime.most(self.run.signals.received)
         if signum:
             raise Interrupted(signum, f"stopped after epoch {epoch.number}")
@@ -125,7 +131,7 @@ class Tracker(Watch):
         self.run.save_last(self.model, **self.meta, **about, training=training)
 
     def accuracies(self, kind: str = "accuracy") -> dict[str, Any]:
-        """``accuracy`` or ``top5`` on the test set, of the last epoch and of the best; or None."""
+        """``accuracy`` or ``top5`` of the last epoch and of the best on ``chosen_on``; or None."""
         return {
             "last": self.last and getattr(self.last.test, kind),
             "best": self.best and getattr(self.best.test, kind),
