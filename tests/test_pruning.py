@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 import random
 
 import pytest
@@ -9,8 +12,11 @@ import torch
 from conftest import random_batch, random_model
 
 from models import ChannelGroup, Gate, build_model
-from utils.pruning import PruningPlan, select_channels
+from utils.budget import select_within
+from utils.cost import model_cost
+from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.saliency import channel_saliency
+from utils.surgery import prune
 
 
 def brute_force(model, saliency, ratio, min_channels=1):
@@ -107,6 +113,75 @@ def test_a_layer_keeps_its_most_salient_channel():
     assert floor.keep == {"a0": [1, 2], "b0": [0, 2]}
 
 
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+@pytest.mark.parametrize("ratio", [0, 0.4, 0.8])
+def test_rounding_adds_the_next_most_salient(net, ratio):
+    model = build_model(net)
+    torch.manual_seed(4)
+    saliency = {name: torch.randn(width) for name, width in model.group_widths().items()}
+    groups = model.channel_groups()
+    exact = select_channels(groups, saliency, ratio)
+    rounded = select_channels(groups, saliency, ratio, round_to=12)
+    for name, width in model.group_widths().items():
+        wanted = min(math.ceil(len(exact.keep[name]) / 12) * 12, width)
+        best = sorted(range(width), key=lambda c: saliency[name][c], reverse=True)[:wanted]
+        assert rounded.keep[name] == sorted(best), name
+
+
+def test_plans_of_a_ranking_are_nested():
+    """Or a bisection over their costs would not find the largest."""
+    model = build_model("gateresnet20")
+    torch.manual_seed(5)
+    saliency = {name: torch.randn(width).round(decimals=1) for name, width in
+                model.group_widths().items()}  # fmt: skip
+    ranking = Ranking(model.channel_groups(), saliency, min_channels=3, round_to=4)
+    plans = [ranking.plan(kept).keep for kept in range(ranking.entries + 1)]
+    assert ranking.entries == 688 and plans[-1] == {
+        name: list(range(width)) for name, width in model.group_widths().items()
+    }
+    for smaller, larger in itertools.pairwise(plans):
+        assert all(set(smaller[name]) <= set(larger[name]) for name in smaller)
+
+
+@pytest.mark.parametrize("net, granularity", [("gatevgg16", 0.01), ("gateresnet20", 0.024)])
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("asked", [0.25, 0.5, 0.9, 1])
+def test_a_budget_is_met_as_closely_as_channels_allow(net, granularity, of, asked):
+    model = build_model(net)
+    torch.manual_seed(6)
+    saliency = {name: torch.randn(width) for name, width in model.group_widths().items()}
+    ranking = Ranking(model.channel_groups(), saliency)
+    whole = getattr(model_cost(model, 32), of)
+    plan = select_within(model, ranking, 32, of, most=asked * whole)
+    reached = getattr(model_cost(prune(copy.deepcopy(model), plan), 32), of)
+    assert asked - granularity * (asked < 1) <= reached / whole <= asked
+    assert model.group_widths() == build_model(net).group_widths()
+    gates = {group.name: len(group.gates) for group in model.channel_groups()}
+    kept = sum(gates[name] * len(channels) for name, channels in plan.keep.items())
+    if kept < ranking.entries:  # one channel more would be too much
+        more = ranking.plan(kept + 1)
+        assert getattr(model_cost(prune(copy.deepcopy(model), more), 32), of) > asked * whole
+
+
+def test_an_impossible_budget_is_refused_with_what_is_possible():
+    model = build_model("gateresnet20")
+    saliency = {name: torch.randn(width) for name, width in model.group_widths().items()}
+    ranking = Ranking(model.channel_groups(), saliency, min_channels=4)
+    least = model_cost(prune(copy.deepcopy(model), ranking.plan(0)), 32)
+    with pytest.raises(ValueError, match=f"at least {least.macs} macs stay"):
+        select_within(model, ranking, 32, "macs", most=least.macs - 1)
+    plan = select_within(model, ranking, 32, "macs", most=least.macs)
+    assert model_cost(prune(model, plan), 32) == least
+
+
+def test_the_ratio_may_count_from_what_was_there_before():
+    groups, scores = groups_and_scores({"a": range(10), "b": range(10)}, {"a": 1, "b": 1})
+    kept = sum(map(len, select_channels(groups, scores, 0.5, entries=30).keep.values()))
+    assert kept == 15
+    kept = sum(map(len, select_channels(groups, scores, 0.1, entries=30).keep.values()))
+    assert kept == 20  # 27 are asked for, and no more than 20 are there
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan")])
 def test_ratio_outside_is_refused(ratio):
     groups, scores = groups_and_scores({"a": [1, 2]}, {"a": 1})
@@ -122,6 +197,8 @@ def test_bad_scores_are_refused_by_name():
         select_channels(groups, {"a0": scores["a0"]}, 0.5)
     with pytest.raises(ValueError, match="min_channels"):
         select_channels(groups, scores, 0.5, min_channels=0)
+    with pytest.raises(ValueError, match="round_to"):
+        select_channels(groups, scores, 0.5, round_to=0)
 
 
 @pytest.mark.parametrize(

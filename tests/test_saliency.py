@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_batch, random_model, relative_difference
 
-from models import build_model
-from utils.saliency import channel_saliency
+from models import ChannelGroup, build_model
+from utils.pruning import PruningPlan
+from utils.saliency import CRITERIA, channel_saliency
+from utils.surgery import prune
 
 
 def formula(model, images, labels, w_beta=0.05, taylor=True):
@@ -119,3 +122,119 @@ def test_unknown_criterion_and_infinite_scores_are_refused():
     model.features[6].bias.data[3] = float("nan")
     with pytest.raises(ValueError, match=r"features\.7 is not finite"):
         channel_saliency(model, *random_batch(), criterion="beta")
+
+
+# The other criteria: each against its formula, with loops instead of tensor operations
+
+
+def conv_of(model, norm):
+    """The convolution in front of a norm, by the names of these networks."""
+    if norm.startswith("features."):
+        return model.get_submodule(f"features.{int(norm.split('.')[1]) - 1}")
+    return model.get_submodule(norm.replace("bn", "conv"))
+
+
+def divided_by_norm(values):
+    length = math.sqrt(sum(value**2 for value in values))
+    return [value / length for value in values]
+
+
+def filter_norms(model, group):
+    return [
+        divided_by_norm([row.abs().sum().item() for row in conv_of(model, norm).weight])
+        for norm in group.norms
+    ]
+
+
+def filter_distances(model, group):
+    layers = []
+    for norm in group.norms:
+        rows = conv_of(model, norm).weight.detach().flatten(1)
+        sums = [sum((a - b).square().sum().sqrt().item() for b in rows) for a in rows]
+        layers.append(divided_by_norm(sums))
+    return layers
+
+
+def gammas(model, group):
+    return [model.get_submodule(norm).weight.abs().tolist() for norm in group.norms]
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+@pytest.mark.parametrize(
+    "criterion, layers", [("l1", filter_norms), ("fpgm", filter_distances), ("slimming", gammas)]
+)
+def test_criteria_without_a_pass_equal_their_formulas(net, criterion, layers, monkeypatch):
+    model = random_model(net).double()
+    if net == "gatevgg11":  # its wide layers would take the loops minutes
+        prune(model, PruningPlan({n: list(range(12)) for n in model.group_widths()}))
+    monkeypatch.setattr(model, "forward", None)  # the batch is not looked at
+    scores = channel_saliency(model, *random_batch(), criterion=criterion)
+    for group in model.channel_groups():
+        rows = layers(model, group)
+        expected = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        assert relative_difference(torch.tensor(expected), scores[group.name]) < 1e-6, group.name
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
+def test_taylor_fo_is_the_squared_derivative_of_the_loss_by_the_gate(net):
+    """By finite differences, one gate entry at a time."""
+    model, (images, labels) = random_model(net).double(), random_batch(dtype=torch.float64)
+    scores = channel_saliency(model, images, labels, criterion="taylor_fo")
+
+    def loss(gate, channel, value):
+        moved = copy.deepcopy(model).train()
+        moved.get_submodule(gate).gate.data[0, channel] = value
+        with torch.no_grad():
+            return F.cross_entropy(moved(images), labels).item()
+
+    for group in (model.channel_groups()[0], model.channel_groups()[-1]):
+        channel, h = scores[group.name].argmax().item(), 1e-5
+        squares = [
+            ((loss(gate, channel, 1 + h) - loss(gate, channel, 1 - h)) / (2 * h)) ** 2
+            for gate in group.gates
+        ]
+        expected = sum(squares) / len(squares)
+        assert scores[group.name][channel].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_input_slice_stands_for_a_channel_that_is_only_read():
+    """As in a dense network, where a gate has no convolution of its own before it."""
+    model = random_model("gatevgg11")
+    first, second = model.features[0], model.features[5]
+    reads = ChannelGroup(
+        "features.2", ["features.2"], ["features.1"], ["features.1", "features.2"], ["features.5"]
+    )
+    makes = ChannelGroup(
+        "features.2", ["features.2"], ["features.1"], ["features.0", "features.2"], ["features.5"]
+    )
+    for group, slices in ((reads, second.weight.transpose(0, 1)), (makes, first.weight)):
+        model._channel_groups = lambda group=group: iter([group])
+        score = channel_saliency(model, *random_batch(), criterion="l1")["features.2"]
+        expected = torch.tensor(divided_by_norm([s.abs().sum().item() for s in slices]))
+        assert relative_difference(expected, score) < 1e-6
+
+
+def test_random_scores_are_drawn_from_the_generator():
+    model = random_model("gateresnet20")
+
+    def draw(seed):
+        stream = torch.Generator().manual_seed(seed)
+        scores = channel_saliency(model, *random_batch(), criterion="random", generator=stream)
+        return torch.cat(list(scores.values()))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert len(draw(1).unique()) == len(draw(1)) and draw(1).min() >= 0 and draw(1).max() < 1
+    assert 0.4 < draw(1).mean() < 0.6
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_no_criterion_changes_the_network(criterion):
+    model, batch = random_model("gateresnet20").eval(), random_batch()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    scores = channel_saliency(model, *batch, criterion=criterion)
+    assert scores.keys() == model.group_widths().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert all(name.endswith(".gate") for name in frozen) and len(frozen) == 19
+    assert all(parameter.grad is None for parameter in model.parameters())
