@@ -260,9 +260,10 @@ class Experiment:
             if resume:
                 tracker.continue_stage(resume, stage.recipe.epochs, final)
             else:
+                cut = ", ".join(self.cut(model, stage))
                 if len(stages) > 1:
-                    self.run.log(f"stage {number}/{len(stages)}:")
-                self.cut(model, stage)
+                    what = f"cut {cut}" if cut else "all is cut"
+                    self.run.log(f"stage {number}/{len(stages)}: {what}")
                 tracker.start_stage(stage.recipe.epochs, final)
             with self.run.signals.deferred():
                 fit(
@@ -273,8 +274,11 @@ class Experiment:
             resume = None
         return tracker
 
-    def cut(self, model: GatedModel, stage: Stage) -> None:
-        """Cut in place what a stage cuts, and begin with fresh weights where it says so."""
+    def cut(self, model: GatedModel, stage: Stage) -> list[str]:
+        """Cut in place what a stage cuts, and begin with fresh weights where it says so.
+
+        Returns the names of the groups that have lost channels.
+        """
         plan = stage.choose(model)
         losing = list(plan.losses(model.group_widths()).keep)
         prune(model, plan)
@@ -282,8 +286,7 @@ class Experiment:
             model.reset_parameters()
         elif losing and self.recalibrate:
             self.estimate_statistics(model)
-        if losing:
-            self.run.log(f"cut {', '.join(losing)}")
+        return losing
 
     def accuracies(self, tracker: Tracker) -> dict[str, Any]:
         """Of the last epoch and of the best one, on the test set, which epochs with a holdout have

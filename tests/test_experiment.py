@@ -1,0 +1,325 @@
+"""Ways to prune and to report: rounds, budgets, controls, recalibration, held-out images."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import CPU
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_scripts import place, run_gfbs, run_train, same_weights, trained  # noqa: F401
+
+import gfbs_cifar
+from utils import experiment
+from utils.batches import Batches, image_batches
+from utils.checkpoint import load_checkpoint, load_model
+from utils.cost import model_cost
+from utils.data import ImageData, load_data
+from utils.errors import InputError
+from utils.finetune import evaluate
+from utils.pruning import PruningPlan
+from utils.surgery import prune
+
+
+def entries(model):
+    """Gate entries of a network."""
+    return sum(len(g.gates) * model.group_widths()[g.name] for g in model.channel_groups())
+
+
+# Rounds
+
+
+def test_rounds_take_equal_shares_of_the_original_entries(trained):  # noqa: F811
+    result = run_gfbs("--p", "0.6", "--steps", "3", "--step_epochs", "2")
+    whole = entries(load_model(trained / "model_best.pth"))
+    for i, done in enumerate(result["rounds"], start=1):
+        wanted = int(whole * (1 - 0.6 * i / 3))
+        kept = round(whole * (1 - done["ratio"]))
+        assert wanted <= kept <= wanted + 3 * 64  # the cut may move on past coupled channels
+    assert len(result["rounds"]) == 3
+    assert [epoch["stage"] for epoch in result["history"]] == [1, 1, 2, 2, 3, 3, 4]
+    run = trained / "gfbs_p0.6_steps3_seed1"
+    last, plan = (
+        load_model(run / "last.pth"),
+        PruningPlan.from_json((run / "plan.json").read_text()),
+    )
+    at_once = prune(load_model(trained / "model_best.pth"), plan)
+    assert last.group_widths() == at_once.group_widths() and last.kept == at_once.kept
+    assert load_model(run / "pruned.pth").kept == last.kept
+    assert result["ratio"]["reached"] == pytest.approx(1 - entries(last) / whole)
+
+
+def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypatch):  # noqa: F811
+    scored = []
+    original = experiment.channel_saliency
+
+    def spy(model, *args, **options):
+        scored.append(copy.deepcopy(model.state_dict()))
+        return original(model, *args, **options)
+
+    monkeypatch.setattr(experiment, "channel_saliency", spy)
+    run_gfbs("--p", "0.6", "--steps", "2", "--step_epochs", "1")
+    first, second = scored
+    baseline = load_model(trained / "model_best.pth").state_dict()
+    assert all(torch.equal(first[name], baseline[name]) for name in baseline)
+    assert sum(t.numel() for t in second.values()) < sum(t.numel() for t in first.values())
+
+
+def test_one_round_without_fine_tuning_is_the_one_shot(trained):  # noqa: F811
+    run_gfbs("--p", "0.5")
+    run_gfbs("--p", "0.5", "--steps", "1", "--step_epochs", "0")
+    assert same_weights(trained / "gfbs_p0.5_seed1/last.pth",
+                        trained / "gfbs_p0.5_steps1_seed1/last.pth")  # fmt: skip
+
+
+def test_rounds_towards_a_budget(trained):  # noqa: F811
+    result = run_gfbs("--macs", "0.4", "--steps", "3", "--step_epochs", "0", "--epochs", "0")
+    whole = result["cost"]["macs"]["before"]
+    for share, done in zip((0.8, 0.6, 0.4), result["rounds"], strict=True):
+        assert share - 0.024 <= done["macs"] / whole <= share
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_a_budget_is_kept_and_reported(trained, of, capsys):  # noqa: F811
+    result = run_gfbs(f"--{of}", "0.5", "--epochs", "0")
+    pruned = load_model(trained / f"gfbs_{of}0.5_seed1" / "pruned.pth")
+    baseline = load_model(trained / "model_best.pth")
+    reached = getattr(model_cost(pruned, 16), of) / getattr(model_cost(baseline, 16), of)
+    assert 0.5 - 0.024 <= reached <= 0.5 and result["ratio"]["asked"] is None
+    assert f"asked at most 50.00 %, reached {100 * reached:.2f} %" in capsys.readouterr().out
+
+
+def test_what_no_plan_can_cost_is_refused(trained):  # noqa: F811
+    before = sorted(trained.rglob("*.pth"))
+    with pytest.raises(InputError, match=r"--macs 0.001 of \d+: at least \d+ macs stay"):
+        run_gfbs("--macs", "0.001")
+    with pytest.raises(InputError, match="--macs 0.001"):  # found out before the first round
+        run_gfbs("--macs", "0.001", "--steps", "5")
+    assert sorted(trained.rglob("*.pth")) == before
+
+
+def test_rounding_leaves_multiples(trained):  # noqa: F811
+    result = run_gfbs("--p", "0.5", "--round_to", "8", "--epochs", "0")
+    assert all(channels["after"] % 8 == 0 for channels in result["channels"].values())
+
+
+# Controls
+
+
+def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkeypatch):  # noqa: F811
+    begun = []
+    original = experiment.fit
+
+    def spy(model, train, test, recipe, *args, **options):
+        begun.append((copy.deepcopy(model), recipe))
+        return original(model, train, test, recipe, *args, **options)
+
+    monkeypatch.setattr(experiment, "fit", spy)
+    run_gfbs("--p", "0.5", "--from_scratch", "--epochs", "2")
+    fresh, recipe = begun[0]
+    pruned = load_model(trained / "gfbs_p0.5_scratch_seed1" / "pruned.pth")
+    assert fresh.group_widths() == pruned.group_widths()
+    assert (recipe.lr, recipe.weight_decay, recipe.epochs) == (0.1, 1e-4, 2)
+    theirs = pruned.state_dict()
+    for name, tensor in fresh.state_dict().items():
+        if name.endswith(("conv1.weight", "conv2.weight", "linear.weight")):
+            assert not torch.equal(tensor, theirs[name]), name
+            if "conv" in name:  # He's initialisation for the present fan-out
+                fan = tensor.shape[0] * 9
+                if tensor.numel() > 500:
+                    assert tensor.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.15), name
+        elif name.endswith(("running_mean", "bn1.bias", "bn2.bias", "num_batches_tracked")):
+            assert not tensor.any(), name
+
+
+# Recalibration
+
+
+def test_recalibration_averages_the_statistics_of_the_batches(trained):  # noqa: F811
+    plain = run_gfbs("--p", "0.4", "--epochs", "0")
+    result = run_gfbs("--p", "0.4", "--epochs", "0", "--recalibrate", "2", "--output", "again",
+                      "--checkpoint", str(trained))  # fmt: skip
+    before = load_model(trained / "gfbs_p0.4_seed1" / "pruned.pth")
+    after = load_model(trained.parents[1] / "again/gateresnet20_folder/gfbs_p0.4_seed1/pruned.pth")
+    data = load_data("folder", "images", 16)
+    train, test, _ = image_batches(data, 8, CPU, seed=1)
+    inputs = []
+    before.conv1.register_forward_hook(lambda *hooked: inputs.append(hooked[2].detach()))
+    before.train()
+    for images, _ in list(train)[:2]:
+        before(images)
+    means = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    variances = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+    assert torch.allclose(after.bn1.running_mean, means, rtol=1e-3)
+    assert torch.allclose(after.bn1.running_var, variances, rtol=1e-4)
+    for (name, ours), theirs in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert result["accuracy"]["after_surgery"] == plain["accuracy"]["after_surgery"]
+    assert result["accuracy"]["recalibrated"] == evaluate(after, test, CPU).accuracy
+    assert "recalibrated" not in plain["accuracy"]
+
+
+def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):  # noqa: F811
+    begun = []
+    monkeypatch.setattr(experiment, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
+    run_gfbs("--p", "0.4", "--recalibrate", "2")
+    saved = load_model(trained / "gfbs_p0.4_seed1" / "pruned.pth").state_dict()
+    assert all(torch.equal(begun[0][name], saved[name]) for name in saved)
+
+
+# Held-out images
+
+
+def test_held_out_images_are_the_last_and_not_trained_on():
+    data = load_data("synthetic", "unused", 8)
+    train, test, held = image_batches(data, 100, CPU, seed=1, holdout=700)
+    assert (train.images, test.images, held.images) == (4300, 1000, 700)
+    assert torch.equal(held.labels, data.train.labels[-700:])
+    plain = Batches(data.train, 100, data.normalisation, CPU)
+    assert torch.equal(next(iter(held))[0], plain.pick(torch.arange(4300, 4800))[0])
+    assert max(int(share.max()) for share in train._shares()) == 4299
+    none: ImageData = image_batches(data, 100, CPU, seed=1)[2]
+    assert none is None
+    with pytest.raises(InputError, match="--holdout 5000: there are only 5000 training images"):
+        image_batches(data, 100, CPU, seed=1, holdout=5000)
+
+
+@pytest.mark.parametrize("script", ["train", "gfbs"])
+def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch, script):  # noqa: F811
+    """Which images are evaluated on, in order: the epochs' are the held-out ones, and the test set
+    is read once for each network that the result tells of.
+    """
+    seen = []
+    original = evaluate
+
+    def spy(model, batches, *args):
+        metrics = original(model, batches, *args)
+        seen.append((batches.images, metrics.accuracy))
+        return metrics
+
+    monkeypatch.setattr(experiment, "evaluate", spy)
+    monkeypatch.setattr("utils.finetune.evaluate", spy)
+    options = ["--holdout", "5", "--epochs", "3", "--output", "held", "--checkpoint"]
+    if script == "train":
+        result = run_train(*options[:-1])
+        folder = trained.parents[1] / "held" / "gateresnet20_folder"
+        first = []
+    else:
+        result = run_gfbs(*options, str(trained), "--p", "0.3")
+        folder = trained.parents[1] / "held" / "gateresnet20_folder" / "gfbs_p0.3_seed1"
+        first = [18, 18]
+    assert [images for images, _ in seen] == [*first, 5, 5, 5, 18, 18]
+    chosen = [accuracy for images, accuracy in seen if images == 5]
+    best = chosen.index(max(chosen)) + 1
+    accuracy = result["accuracy"]
+    assert accuracy["best_epoch"] == best
+    assert result["holdout"]["images"] == 5
+    assert result["holdout"]["accuracy"]["best"] == max(chosen)
+    assert result["holdout"]["accuracy"]["last"] == chosen[-1]
+    assert (accuracy["last"], accuracy["best"]) == (seen[-2][1], seen[-1][1])
+    meta = load_checkpoint(folder / "model_best.pth").meta
+    assert meta["chosen"] == "best on holdout" and meta["epoch"] == best
+    assert {epoch["tested_on"] for epoch in result["history"]} == {"holdout"}
+    log = (folder / "log.txt").read_text()
+    assert "best on holdout" in log and "best on test" not in log and " holdout " in log
+
+
+def test_scoring_images_are_trained_on(trained, monkeypatch):  # noqa: F811
+    picked = []
+    original = Batches.pick
+
+    def spy(self, indices):
+        picked.append((self.images, indices.max().item()))
+        return original(self, indices)
+
+    monkeypatch.setattr(Batches, "pick", spy)
+    run_gfbs("--holdout", "5", "--epochs", "0", "--score_images", "100")
+    assert (13, 12) in picked  # 18 images, of which 5 are held out
+
+
+# Runs
+
+
+def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):  # noqa: F811
+    first = run_gfbs("--p", "0.5")
+    with monkeypatch.context() as patched:
+        patched.setattr(gfbs_cifar, "load_data", None)  # nothing is read
+        again = run_gfbs("--p", "0.5", "--skip_finished")
+    assert again == json.loads(json.dumps(first))
+    assert "done already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="w_beta: 0.05 there, 0.5 here"):
+        run_gfbs("--p", "0.5", "--skip_finished", "--w_beta", "0.5")
+    (trained / "gfbs_p0.5_seed1" / "result.json").unlink()
+    assert run_gfbs("--p", "0.5", "--skip_finished")["accuracy"] == first["accuracy"]
+
+
+def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):  # noqa: F811
+    run_gfbs("--p", "0.5")
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_gfbs("--p", "0.5")
+    assert not (trained / "gfbs_p0.5_seed1" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--p", "0.5"], "gfbs_p0.5_seed1"),
+        ([], "gfbs_p0.7_seed1"),
+        (["--p", "0.5", "--smooth", "--seed", "3"], "gfbs_p0.5_smooth_seed3"),
+        (["--macs", "0.5", "--criterion", "l1"], "l1_macs0.5_seed1"),
+        (["--params", "0.25", "--steps", "4"], "gfbs_params0.25_steps4_seed1"),
+        (["--p", "0.5", "--from_scratch"], "gfbs_p0.5_scratch_seed1"),
+    ],
+)
+def test_names_of_runs(argv, name):
+    assert experiment_name(argv) == name
+
+
+def experiment_name(argv):
+    from utils import flags
+
+    return flags.run_name(gfbs_cifar.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--smooth", "--steps", "3"], "--smooth and --steps do not go together"),
+        (["--from_scratch", "--steps", "3"], "--steps and --from_scratch do not go together"),
+        (["--p", "0.5", "--macs", "0.5"], "--macs: not allowed with argument --p"),
+        (["--macs", "0"], "--macs: '0' is not a share in (0, 1]"),
+        (["--params", "1.5"], "--params"),
+        (["--round_to", "0"], "--round_to"),
+        (["--steps", "0"], "--steps"),
+        (["--holdout", "-1"], "--holdout"),
+    ],
+)
+def test_flags_that_make_no_sense(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        gfbs_cifar.parse_args(argv)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):  # noqa: F811
+    result = run_gfbs("--p", "0.5", "--w_beta", "0.1")
+    logdir = trained.parents[1] / "runs" / "gateresnet20_folder" / "gfbs_p0.5_seed1"
+    board = EventAccumulator(str(logdir), size_guidance={"histograms": 0}).Reload()
+    tags = board.Tags()
+    for name, channels in result["channels"].items():
+        assert board.Scalars(f"channels/{name}")[0].value == channels["after"]
+        assert f"saliency/{name}" in tags["histograms"]
+    texts = {
+        tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]
+    }
+    assert "| w_beta | 0.1 |" in texts["configuration/text_summary"]
+    assert "| gate1 | 16 |" in texts["channels/text_summary"]
+    last = board.Scalars("result/accuracy/last")[0].value
+    assert last == pytest.approx(result["accuracy"]["last"], abs=1e-4)
+    assert board.Scalars("result/macs")[0].value == pytest.approx(result["cost"]["macs"]["after"])
+    assert "_hparams_/session_start_info" in board.summary_metadata
