@@ -1,0 +1,173 @@
+"""Mixed precision, memory layout and compilation: the same network, sooner."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, random_batch, random_model, relative_difference
+from test_scripts import place, run_gfbs, run_train, same_weights, trained  # noqa: F401
+from torch.optim import SGD
+
+from models import Gate, build_model
+from models.gate import folded_gates
+from utils.acceleration import Acceleration
+from utils.batches import image_batches
+from utils.data import load_data
+from utils.distributed import Runtime, select_runtime
+from utils.errors import InputError
+from utils.finetune import evaluate, fit
+from utils.recipes import Recipe
+from utils.tracker import Tracker
+
+RECIPE = Recipe(epochs=2, lr=0.05, weight_decay=1e-4, milestones=(1,), gamma=0.2)
+FAST = [
+    Acceleration(amp="bf16"),
+    Acceleration(channels_last=True),
+    Acceleration("bf16", channels_last=True, compile=True),
+]
+
+
+def batches(limit=12):
+    data = load_data("synthetic", "unused", 8)
+    return image_batches(data, 64, CPU, seed=1, limit_train=limit, limit_test=1)[:2]
+
+
+def runtime_with(acceleration):
+    return Runtime(torch.device("cpu"), acceleration=acceleration)
+
+
+def trained_with(acceleration, model):
+    train, test = batches()
+    epochs = fit(model, train, test, RECIPE, runtime_with(acceleration))
+    return [epoch.train.loss for epoch in epochs]
+
+
+def fresh_resnet():
+    torch.manual_seed(0)
+    return build_model("gateresnet20")
+
+
+def test_without_any_the_bits_are_those_of_a_plain_loop():
+    model = fresh_resnet()
+    train, _ = batches()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = SGD(trainable, 0.05, 0.9, weight_decay=1e-4)
+    losses = []
+    for epoch in range(2):
+        model.train()
+        train.set_epoch(epoch)
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.2**epoch
+        total = images_seen = 0
+        for images, labels in train:
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(labels)
+            images_seen += len(labels)
+        losses.append(total / images_seen)
+    ours = fresh_resnet()
+    assert trained_with(Acceleration(), ours) == pytest.approx(losses, rel=1e-6)
+    for (name, expected), tensor in zip(
+        model.state_dict().items(), ours.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, tensor), name
+
+
+@pytest.mark.parametrize("acceleration", FAST, ids=str)
+def test_the_loss_falls_as_it_does_without(acceleration):
+    model = fresh_resnet()
+    if acceleration.compile:  # few layers, or the compiler takes a minute
+        model.layer1, model.layer2, model.layer3 = (
+            stage[:1] for stage in (model.layer1, model.layer2, model.layer3)
+        )
+    plain = trained_with(Acceleration(), copy.deepcopy(model))
+    fast = trained_with(acceleration, model)
+    assert plain[1] < plain[0] - 0.05  # something is learned at all
+    assert fast == pytest.approx(plain, rel=0.03)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_is_asked_for_is_done():
+    """Convolutions see bfloat16, and weights and activations lie pixel by pixel."""
+    seen = []
+    model = build_model("gateresnet20")
+    model.layer1[0].conv2.register_forward_hook(lambda *hooked: seen.append(hooked[2]))
+    train, test = batches(limit=1)
+    fit(model, train, test, RECIPE, runtime_with(Acceleration("bf16", channels_last=True)))
+    in_training, in_test = seen[0], seen[1]
+    assert in_training.dtype == torch.bfloat16 and in_test.dtype == torch.float32
+    for activation in (in_training, in_test):
+        assert activation.is_contiguous(memory_format=torch.channels_last)
+        assert not activation.is_contiguous()
+
+
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"]])
+def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):  # noqa: F811
+    # What is asked is whether the wrapper is in the way; the compiler itself would take a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    options = [*flags, "--p", "0.5", "--epochs", "2", "--checkpoint", str(trained)]
+    run_gfbs(*options, "--output", "whole")
+    after_epoch = Tracker.after_epoch
+
+    def stop(self, epoch, state):
+        after_epoch(self, epoch, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Tracker, "after_epoch", stop)
+        run_gfbs(*options, "--output", "broken")
+    result = run_gfbs(*options, "--output", "broken", "--resume")
+    assert len(result["history"]) == 2
+    name = "gateresnet20_folder/gfbs_p0.5_seed1/last.pth"
+    assert same_weights(f"whole/{name}", f"broken/{name}")
+
+
+def test_what_the_device_has_not_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="--amp fp16 needs CUDA, not cpu"):
+        select_runtime("cpu", acceleration=Acceleration(amp="fp16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="one GPU a process: start the script with torchrun"):
+        select_runtime("cuda", acceleration=Acceleration(compile=True))
+    assert select_runtime("cuda", [1], acceleration=Acceleration("fp16")).gpus == (1,)
+
+
+def test_runs_tell_how_they_compute():
+    assert "bf16, channels_last" in str(select_runtime("cpu", acceleration=FAST[-1]))
+    assert str(select_runtime("cpu")).endswith("threads")
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20", "resnet18"])
+def test_folded_gates_give_the_same_bits(net):
+    model, (images, labels) = random_model(net), random_batch(4)
+
+    def gradients():
+        loss = F.cross_entropy(model(images), labels)
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+    plain = gradients()
+    with folded_gates(model):
+        folded = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, folded, strict=True))
+
+
+def test_gates_that_are_not_ones_are_read():
+    model, (images, _) = random_model("gateresnet20").eval(), random_batch(2)
+    whole = model(images)
+    model.layer2[0].gate2.gate.data[0, :16] = 0
+    masked = copy.deepcopy(model)(images)
+    assert relative_difference(masked, whole) > 1e-3
+    with folded_gates(model):
+        assert torch.equal(model(images), masked)
+        folded = [gate.folded for gate in model.modules() if isinstance(gate, Gate)]
+        assert folded.count(False) == 1
+        with folded_gates(model):  # one inside another
+            pass
+        assert [g.folded for g in model.modules() if isinstance(g, Gate)] == folded
+    assert not any(gate.folded for gate in model.modules() if isinstance(gate, Gate))
+    assert evaluate(model, batches()[1], CPU) == evaluate(copy.deepcopy(model), batches()[1], CPU)
