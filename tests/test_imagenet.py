@@ -231,6 +231,25 @@ def test_convert_prune_fine_tune_reload(place, capsys):
     assert smooth["channels"] == result["channels"]
 
 
+def test_rounds_to_a_budget_with_held_out_images(place):
+    save_local_weights("local.pth")
+    result = run_gfbs(
+        "--checkpoint", "local.pth", "--macs", "0.6", "--steps", "2", "--step_epochs", "1",
+        "--holdout", "3", "--recalibrate", "2", "--round_to", "8", "--criterion", "taylor_fo",
+    )  # fmt: skip
+    cost = result["cost"]["macs"]
+    assert (
+        0.5 < cost["after"] / cost["before"] <= 0.6 < result["rounds"][0]["macs"] / cost["before"]
+    )
+    assert all(channels["after"] % 8 == 0 for channels in result["channels"].values())
+    assert result["holdout"]["images"] == 3 and len(result["history"]) == 3
+    assert [epoch["test"]["images"] for epoch in result["history"]] == [3, 3, 3]
+    assert [epoch["train"]["images"] for epoch in result["history"]] == [8, 8, 8]
+    assert result["accuracy"]["recalibrated"] is not None
+    with pytest.raises(InputError, match="--holdout 12: there are only 12 training images"):
+        run_gfbs("--checkpoint", "local.pth", "--holdout", "12", "--output", "other")
+
+
 def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
     save_local_weights("local.pth")
     argv = ["--checkpoint", "local.pth", "--epochs", "2", "--checkpoint_every", "1"]
