@@ -1,1 +1,1 @@
-"""Tools around the experiments; each is run as ``python -m tools.<name>``."""
+"""Tools around the experiments; what has a command line is run as ``python -m tools.<name>``."""
