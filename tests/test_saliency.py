@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import random_batch, random_model, relative_difference
 
+import gfbs_cifar
 from models import ChannelGroup, build_model
 from utils.pruning import PruningPlan
-from utils.saliency import CRITERIA, channel_saliency
+from utils.saliency import CRITERIA, Criterion, channel_saliency
 from utils.surgery import prune
 
 
@@ -238,3 +239,14 @@ def test_no_criterion_changes_the_network(criterion):
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert all(name.endswith(".gate") for name in frozen) and len(frozen) == 19
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_new_criterion_is_a_function_and_a_line(monkeypatch):
+    """As the README shows."""
+    gradient = Criterion(lambda group, w_beta: group.gamma_grad.abs().mean(0), gradients="norms")
+    monkeypatch.setitem(CRITERIA, "gradient", gradient)
+    model, (images, labels) = random_model("gatevgg11"), random_batch()
+    scores = channel_saliency(model, images, labels, criterion="gradient")
+    F.cross_entropy(model.train()(images), labels).backward()
+    assert relative_difference(model.features[1].weight.grad.abs(), scores["features.2"]) < 1e-6
+    assert gfbs_cifar.parse_args(["--criterion", "gradient"]).criterion == "gradient"
