@@ -288,6 +288,10 @@ def test_curves_are_told_apart_by_what_differs(tmp_path):
     assert set(labels) == {*expected, "gfbs, one shot, by MACs, w_beta 0.05"}
     styles = make_styles(panel.curves)
     assert len({styles[label] for label in labels}) == len(labels)
+    for method in ("one shot", "smooth"):  # two criteria in two variants
+        make_result(tmp_path / f"l1 {method}", criterion="l1", method=method)
+    curves = make_panels(table(tmp_path))[0].curves
+    assert len(set(make_styles(curves).values())) == len(curves) == len(labels) + 2
 
 
 def test_every_criterion_has_a_colour_and_a_marker_of_its_own(tmp_path):
