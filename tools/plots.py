@@ -19,6 +19,10 @@ from utils.saliency import CRITERIA
 # Okabe and Ito's colours, which all kinds of colour vision tell apart, with grey for their yellow.
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000", "#999999")
 MARKERS = "osD^vPX*<>hp"
+# Which accuracies are drawn, from top to bottom.
+ACCURACY_TITLES = {
+    "fine_tuned": "fine-tuned", "recalibrated": "recalibrated", "after_surgery": "after surgery",
+}  # fmt: skip
 LABELS = 26  # as many layer names fit below an axis
 RC = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
@@ -70,29 +74,27 @@ def make_styles(curves: Sequence[Curve]) -> dict[str, Style]:
 
 
 def _draw_panel(figure: Any, panel: Panel, styles: dict[str, Style]) -> None:
-    tuned = any(curve.accuracy("fine_tuned").x for curve in panel.curves)
+    shown = [name for name in ACCURACY_TITLES if any(c.accuracy(name).x for c in panel.curves)]
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.3))
-    # Accuracies right after surgery are far below the others and have an axis of their own.
-    left = grid[0].subgridspec(2 if tuned else 1, 1, height_ratios=(5, 3) if tuned else (1,))
-    surgery = figure.add_subplot(left[-1])
-    if tuned:
-        upper = figure.add_subplot(left[0], sharex=surgery)
-        _draw_accuracy(upper, panel, "fine_tuned", styles)
-        upper.tick_params(labelbottom=False)
-        upper.set_ylabel("top-1, fine-tuned, %")
-    _draw_accuracy(surgery, panel, "after_surgery", styles)
-    surgery.set_ylabel("after surgery, %" if tuned else "top-1 after surgery, %")
-    surgery.set_xlabel("MACs kept, %")
-    top = upper if tuned else surgery
+    # Accuracies right after surgery are far below the others: each kind has an axis of its own.
+    left = grid[0].subgridspec(len(shown), 1, height_ratios=(5, 3, 3)[: len(shown)])
+    top = None
+    for place, name in zip(left, shown, strict=True):
+        axes = figure.add_subplot(place, sharex=top)
+        top = top or axes
+        _draw_accuracy(axes, panel, name, styles)
+        axes.tick_params(labelbottom=name == shown[-1])
+        axes.set_ylabel(f"{ACCURACY_TITLES[name]}, %")
+    axes.set_xlabel("MACs kept, %")
     for baseline in panel.baselines:
         top.axhline(baseline, color="0.35", linewidth=0.9, zorder=1)
-    top.set_title(f"{panel.net} on {panel.dataset}", loc="left", fontweight="bold")
+    top.set_title(f"{panel.net} on {panel.dataset}: top-1", loc="left", fontweight="bold")
     _draw_channels(figure.add_subplot(grid[1]), panel, styles)
 
 
 def _draw_accuracy(axes: Axes, panel: Panel, name: str, styles: dict[str, Style]) -> None:
     for curve in panel.curves:
-        dashed = name == "after_surgery"
+        dashed = name != "fine_tuned"
         _draw_line(axes, curve.accuracy(name), styles[curve.label], dashed)
     axes.yaxis.set_major_locator(MaxNLocator(5 if name == "fine_tuned" else 4, steps=(1, 2, 5, 10)))
 
