@@ -309,7 +309,7 @@ def test_the_legend_names_every_curve_and_the_titles_say_what_is_shown(tmp_path)
     names = [text.get_text() for text in legend.get_texts()]
     assert names == [*CRITERIA, "fine-tuned", "after surgery", "baseline"]
     titles = {axes.get_title(loc="left") for part in figure.subfigs for axes in part.axes}
-    assert {"gateresnet20 on cifar10", "channels kept per layer, p 0.5"} <= titles
+    assert {"gateresnet20 on cifar10: top-1", "channels kept per layer, p 0.5"} <= titles
     make_result(tmp_path / "held" / "a", holdout={}, config={"holdout": 9})
     make_result(tmp_path / "cut" / "a", accuracy={"last": None})
     for folder, shown in (
