@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from models.densenet import GateDenseNet
 from models.gate import ChannelGroup, Gate, GatedModel
+from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet
 from models.vgg import GateVGG
@@ -17,6 +19,9 @@ __all__ = ["ChannelGroup", "Gate", "GatedModel", "NETWORKS", "build_model", "che
 NETWORKS: dict[str, Callable[..., GatedModel]] = {
     **{f"gatevgg{depth}": partial(GateVGG, depth) for depth in (11, 13, 16, 19)},
     **{f"gateresnet{depth}": partial(GateResNetCifar, depth) for depth in (20, 32, 44, 56, 110)},
+    "gatemobilenetv2": partial(GateMobileNetV2),
+    "gatedensenet40": partial(GateDenseNet, 40),
+    "gatedensenet100_bc": partial(GateDenseNet, 100, bottleneck=True, reduction=0.5),
     **{f"resnet{depth}": partial(ResNetImageNet, depth) for depth in (18, 34, 50, 101, 152)},
 }
 

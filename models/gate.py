@@ -172,6 +172,15 @@ class GatedModel(nn.Module):
             for group in self.channel_groups()
         }
 
+    def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """What is left to cut once the groups are: channels that were made for all of their readers
+        and that none of them reads any more.
+
+        Returns, by layer name, the outputs that layers must keep, and which of their inputs layers
+        will still get. Layers that are not named keep everything.
+        """
+        return {}, {}
+
     def replace_head(self, num_classes: int) -> None:
         """Put a freshly initialised classifier for ``num_classes`` in the place of the present."""
         old = self.get_submodule(self.head)

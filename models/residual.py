@@ -17,17 +17,35 @@ class ResidualBlock(nn.Module):
     def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
         """What reads the stream before the block, and what writes the one after it.
 
-        None where the shortcut is the identity, so that both are one stream.
+        Nothing (two empty lists) where there is no shortcut; None where it is the identity, so that
+        both are one stream.
         """
         raise NotImplementedError
+
+    def inner_groups(self, name: str) -> Iterator[ChannelGroup]:
+        """The channels between the convolutions of this block, which the network calls ``name``."""
+        for k in range(1, self.depth):
+            conv, norm, gate, reader = (
+                f"{name}.conv{k}",
+                f"{name}.bn{k}",
+                f"{name}.gate{k}",
+                f"{name}.conv{k + 1}",
+            )
+            yield ChannelGroup.around([gate], [norm], [conv], [reader])
 
 
 class ResidualModel(GatedModel):
     """A stem ``conv1 bn1 gate1``, residual blocks in forward order, and a linear head.
 
     A residual stream runs through all blocks with an identity shortcut and ends at one whose
-    shortcut changes the width; everything that adds to it or reads it is cut together.
+    shortcut changes the width, or that has none; everything that adds to it or reads it is cut
+    together.
+
+    Attributes:
+        last_reader: what reads the last stream; empty where it is the head.
     """
+
+    last_reader: str = ""
 
     def _blocks(self) -> dict[str, ResidualBlock]:
         return {
@@ -39,14 +57,7 @@ class ResidualModel(GatedModel):
     def _channel_groups(self) -> Iterator[ChannelGroup]:
         stream = _Stream("", 1)
         for name, block in self._blocks().items():
-            for k in range(1, block.depth):
-                conv, norm, gate, reader = (
-                    f"{name}.conv{k}",
-                    f"{name}.bn{k}",
-                    f"{name}.gate{k}",
-                    f"{name}.conv{k + 1}",
-                )
-                yield ChannelGroup.around([gate], [norm], [conv], [reader])
+            yield from block.inner_groups(name)
             stream.readers.append(f"{name}.conv1")
             shortcut = block.shortcut_layers()
             if shortcut is None:
@@ -57,7 +68,7 @@ class ResidualModel(GatedModel):
                 yield stream.group()
                 stream = _Stream(f"{name}.", block.depth)
                 stream.others += writers
-        stream.readers.append(self.head)
+        stream.readers.append(self.last_reader or self.head)
         yield stream.group()
 
     def checkpoint_blocks(self) -> list[nn.Module]:
@@ -67,16 +78,18 @@ class ResidualModel(GatedModel):
         """One stage per block: its inner channels and, with the first block that adds to a stream,
         the whole stream.
 
-        A stem that no block adds to goes with the first block.
+        A stem that no block adds to goes with the block that reads it; what has nothing to do with
+        any block is a stage of its own.
         """
         stages: dict[str, list[str]] = {block: [] for block in self._blocks()}
         for group in self.channel_groups():
             owners = [
                 block
+                for layers in (group.gates, group.inputs)
                 for block in stages
-                if any(gate.startswith(f"{block}.") for gate in group.gates)
+                if any(layer.startswith(f"{block}.") for layer in layers)
             ]
-            stages[owners[0] if owners else next(iter(stages))].append(group.name)
+            stages.setdefault(owners[0] if owners else group.name, []).append(group.name)
         return [tuple(stage) for stage in stages.values()]
 
 

@@ -7,6 +7,7 @@ Two small functions do it all, dispatched on the type of the layer: ``keep_outpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import singledispatch
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # BatchNorm2d and SyncBatchNo
 
 from models.gate import Gate, GatedModel
 from models.resnet_cifar import PadShortcut
+from models.selector import ChannelSelector
 from utils.pruning import PruningPlan, compose_kept
 
 
@@ -23,21 +25,29 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
 
     The result equals the network masked by ``plan.apply_mask``, up to float rounding. The plan
     refers to the model as it is, so a pruned network can be pruned again; ``model.kept`` records
-    what is left of the unpruned one.
+    what is left of the unpruned one. What nobody reads any more goes too (``live_channels``); it
+    follows from the plan and is no part of it.
 
     Raises ValueError where the plan does not fit; the model is unchanged then.
     """
     plan = plan.losses(model.group_widths())
-    device = next(model.parameters()).device
     for group in model.channel_groups():
         if group.name in plan.keep:
-            keep = torch.tensor(plan.keep[group.name], device=device)
-            for name in group.outputs:
-                keep_outputs(model.get_submodule(name), keep)
-            for name in group.inputs:
-                keep_inputs(model.get_submodule(name), keep)
+            keep = plan.keep[group.name]
+            _cut(model, dict.fromkeys(group.outputs, keep), dict.fromkeys(group.inputs, keep))
+    _cut(model, *model.live_channels())
     model.kept = compose_kept(model.kept, plan)
     return model
+
+
+def _cut(
+    model: GatedModel, outputs: Mapping[str, list[int]], inputs: Mapping[str, list[int]]
+) -> None:
+    """Keep these outputs and these inputs of the layers so named."""
+    for name, keep in outputs.items():
+        keep_outputs(model.get_submodule(name), torch.tensor(keep))
+    for name, keep in inputs.items():
+        keep_inputs(model.get_submodule(name), torch.tensor(keep))
 
 
 def split_plan(model: GatedModel, plan: PruningPlan) -> list[PruningPlan]:
@@ -54,13 +64,16 @@ def split_plan(model: GatedModel, plan: PruningPlan) -> list[PruningPlan]:
 
 @singledispatch
 def keep_outputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the output channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays."""
+    """Keep the output channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays.
+
+    ``keep`` is on the CPU wherever the layer is: the meta device would not hold its values.
+    """
     raise TypeError(f"surgery does not know how to cut the outputs of a {type(layer).__name__}")
 
 
 @singledispatch
 def keep_inputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the input channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays."""
+    """Keep the input channels ``keep`` (C,), sorted, of a layer in place; see ``keep_outputs``."""
     raise TypeError(f"surgery does not know how to cut the inputs of a {type(layer).__name__}")
 
 
@@ -70,7 +83,7 @@ def _slice(layer: nn.Module, names: tuple[str, ...], dim: int, keep: Tensor) -> 
         tensor = getattr(layer, name)
         if tensor is None:
             continue
-        sliced = tensor.detach().index_select(dim, keep)
+        sliced = tensor.detach().index_select(dim, keep.to(tensor.device))
         setattr(
             layer,
             name,
@@ -128,14 +141,24 @@ def _(linear: nn.Linear, keep: Tensor) -> None:
 
 @keep_outputs.register
 def _(shortcut: PadShortcut, keep: Tensor) -> None:
-    shortcut.source = shortcut.source[keep]
+    shortcut.source = shortcut.source[keep.to(shortcut.source.device)]
 
 
 @keep_inputs.register
 def _(shortcut: PadShortcut, keep: Tensor) -> None:
-    position = torch.full(
-        (shortcut.in_channels + 1,), -1, device=keep.device
-    )  # old channel -> new; the last is for -1
-    position[keep] = torch.arange(len(keep), device=keep.device)
-    shortcut.source = position[shortcut.source]
+    position = torch.full((shortcut.in_channels + 1,), -1)  # old channel -> new; the last is for -1
+    position[keep] = torch.arange(len(keep))
+    shortcut.source = position.to(shortcut.source.device)[shortcut.source]
     shortcut.in_channels = len(keep)
+
+
+@keep_outputs.register
+def _(selector: ChannelSelector, keep: Tensor) -> None:
+    chosen = [selector.channels[i] for i in keep.tolist()]
+    selector.choose(chosen, selector.in_channels)
+
+
+@keep_inputs.register
+def _(selector: ChannelSelector, keep: Tensor) -> None:
+    position = {old: new for new, old in enumerate(keep.tolist())}
+    selector.choose([position[channel] for channel in selector.channels], len(keep))

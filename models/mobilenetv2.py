@@ -1,0 +1,109 @@
+"""Gated MobileNetV2 (Sandler et al., CVPR 2018) with strides for CIFAR: 32x32 images end as 4x4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gate import ChannelGroup, Gate
+from models.residual import ResidualBlock, ResidualModel
+
+# Expansion, width, blocks, stride of the first block.
+TABLE = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),  # stride 2 on ImageNet, as in the stem
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class InvertedResidual(ResidualBlock):
+    """1x1 to ``expansion`` times the width, 3x3 depthwise, 1x1 to the new width, without a ReLU.
+
+    A depthwise convolution makes channel c of channel c, so that the expansion and what follows it
+    live or die together: one group of two gates and two norms.
+
+    ``shortcut`` is empty (the identity) between equal widths, a 1x1 convolution and a norm where
+    the width changes, and None in a block of stride 2, which has none.
+    """
+
+    depth = 3
+
+    def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
+        super().__init__()
+        width = expansion * in_channels
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.gate1 = Gate(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.gate2 = Gate(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential() if stride == 1 else None
+        if stride == 1 and in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+        self.gate3 = Gate(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        out = F.relu(self.gate2(self.bn2(self.conv2(out))))
+        out = self.bn3(self.conv3(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return self.gate3(out)
+
+    def inner_groups(self, name: str) -> Iterator[ChannelGroup]:
+        gates, norms, convs = (
+            [f"{name}.{kind}{k}" for k in (1, 2)] for kind in ("gate", "bn", "conv")
+        )
+        yield ChannelGroup.around(gates, norms, convs, [f"{name}.conv3"])
+
+    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
+        if self.shortcut is None:
+            return [], []
+        return (["shortcut.0"], ["shortcut.0", "shortcut.1"]) if len(self.shortcut) else None
+
+
+class GateMobileNetV2(ResidualModel):
+    """A stem, seventeen blocks (``TABLE``), and a 1x1 convolution to 1,280 channels.
+
+    Shape: (B, 3, H, W) -> (B, num_classes)
+    """
+
+    head = "linear"
+    last_reader = "conv2"
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__(num_classes)
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.gate1 = Gate(32)
+        blocks, channels = [], 32
+        for expansion, width, count, stride in TABLE:
+            for b in range(count):
+                blocks.append(InvertedResidual(channels, width, expansion, 1 if b else stride))
+                channels = width
+        self.layers = nn.Sequential(*blocks)
+        self.conv2 = nn.Conv2d(channels, 1280, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(1280)
+        self.gate2 = Gate(1280)
+        self.linear = nn.Linear(1280, num_classes)
+
+    def init_weights(self) -> None:
+        """Nothing: torch's own defaults are the published ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.gate1(self.bn1(self.conv1(x))))
+        x = F.relu(self.gate2(self.bn2(self.conv2(self.layers(x)))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def _channel_groups(self) -> Iterator[ChannelGroup]:
+        yield from super()._channel_groups()
+        yield ChannelGroup.around(["gate2"], ["bn2"], ["conv2"], [self.head])
