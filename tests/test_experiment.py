@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_scripts import place, run_gfbs, run_train, same_weights, trained  # noqa: F401
 
 import gfbs_cifar
+from tools import export, results
 from utils import experiment
 from utils.batches import Batches, image_batches
 from utils.checkpoint import load_checkpoint, load_model
@@ -240,6 +241,35 @@ def test_scoring_images_are_trained_on(trained, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Batches, "pick", spy)
     run_gfbs("--holdout", "5", "--epochs", "0", "--score_images", "100")
     assert (13, 12) in picked  # 18 images, of which 5 are held out
+
+
+# Networks
+
+
+@pytest.mark.parametrize("net", ["gatemobilenetv2", "gatedensenet40"])
+def test_other_networks_go_every_way(place, net):  # noqa: F811
+    run_train("--net", net, "--epochs", "1")
+    folder = place / "checkpoints" / f"{net}_folder"
+    ways = {
+        "p0.4": "--p 0.4",
+        "p0.4_smooth": "--p 0.4 --smooth --smooth_epochs 0 --final_epochs 1",
+        "p0.4_steps2": "--p 0.4 --steps 2 --step_epochs 0",
+        "macs0.5": "--macs 0.5",
+    }
+    for name, flags in ways.items():
+        result = run_gfbs("--net", net, *flags.split())
+        run = folder / f"gfbs_{name}_seed1"
+        pruned, tuned = load_model(run / "pruned.pth"), load_model(run / "last.pth")
+        assert pruned.kept == tuned.kept
+        assert result["cost"]["macs"]["after"] == model_cost(tuned, 16).macs
+        assert result["cost"]["params"]["after"] == model_cost(tuned, 16).params
+    assert result["cost"]["macs"]["after"] <= 0.5 * result["cost"]["macs"]["before"]
+    again = ["--p", "0.3", "--epochs", "0", "--checkpoint", str(run / "model_best.pth")]
+    result = run_gfbs("--net", net, *again)
+    assert result["cost"]["macs"]["before"] == model_cost(tuned, 16).macs
+    export.main(export.parse_args([str(run / "last.pth")]))
+    rows = results.main(results.parse_args([str(folder)]))
+    assert len(rows) == len(ways) + 1
 
 
 # Runs
