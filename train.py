@@ -27,10 +27,10 @@ from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
-from utils.experiment import Experiment, training_stage
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
 from utils.resume import check_same_run, finished_result, load_last, load_resumable
 from utils.run import Run
+from utils.training import Training, training_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,14 +88,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         cosine = CIFAR_COSINE if args.cosine else None
         recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, cosine)
         meta = data.metadata(args.dataset)
-        experiment = Experiment(run, runtime, train, test, args.image_size, meta, holdout)
+        training = Training(run, runtime, train, test, args.image_size, meta, holdout)
         if args.checkpoint:
             run.only_now = ("--checkpoint", args.checkpoint)
             run.adopt(Path(args.checkpoint), "model_best.pth")
         every = args.checkpoint_every
-        tracker = experiment.fine_tune(model, [training_stage(recipe)], every=every, last=last)
+        tracker = training.fine_tune(model, [training_stage(recipe)], every=every, last=last)
 
-        accuracies = experiment.accuracies(tracker)
+        accuracies = training.accuracies(tracker)
         accuracy = accuracies["accuracy"]
         run.log(
             f"top-1 accuracy on the test set: {accuracy['last']:.2f} % after the last epoch;"

@@ -13,7 +13,7 @@ from test_scripts import place, run_gfbs, run_train, same_weights, trained  # no
 
 import gfbs_cifar
 from tools import export, results
-from utils import experiment
+from utils import experiment, training
 from utils.batches import Batches, image_batches
 from utils.checkpoint import load_checkpoint, load_model
 from utils.cost import model_cost
@@ -114,13 +114,13 @@ def test_rounding_leaves_multiples(trained):  # noqa: F811
 
 def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkeypatch):  # noqa: F811
     begun = []
-    original = experiment.fit
+    original = training.fit
 
     def spy(model, train, test, recipe, *args, **options):
         begun.append((copy.deepcopy(model), recipe))
         return original(model, train, test, recipe, *args, **options)
 
-    monkeypatch.setattr(experiment, "fit", spy)
+    monkeypatch.setattr(training, "fit", spy)
     run_gfbs("--p", "0.5", "--from_scratch", "--epochs", "2")
     fresh, recipe = begun[0]
     pruned = load_model(trained / "gfbs_p0.5_scratch_seed1" / "pruned.pth")
@@ -167,7 +167,7 @@ def test_recalibration_averages_the_statistics_of_the_batches(trained):  # noqa:
 
 def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):  # noqa: F811
     begun = []
-    monkeypatch.setattr(experiment, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
+    monkeypatch.setattr(training, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
     run_gfbs("--p", "0.4", "--recalibrate", "2")
     saved = load_model(trained / "gfbs_p0.4_seed1" / "pruned.pth").state_dict()
     assert all(torch.equal(begun[0][name], saved[name]) for name in saved)
@@ -203,7 +203,7 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
         seen.append((batches.images, metrics.accuracy))
         return metrics
 
-    monkeypatch.setattr(experiment, "evaluate", spy)
+    monkeypatch.setattr(training, "evaluate", spy)
     monkeypatch.setattr("utils.finetune.evaluate", spy)
     options = ["--holdout", "5", "--epochs", "3", "--output", "held", "--checkpoint"]
     if script == "train":
@@ -290,7 +290,7 @@ def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):  # no
 
 def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):  # noqa: F811
     run_gfbs("--p", "0.5")
-    monkeypatch.setattr(experiment, "fit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(training, "fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_gfbs("--p", "0.5")
     assert not (trained / "gfbs_p0.5_seed1" / "result.json").exists()

@@ -9,7 +9,7 @@ import torch
 from conftest import CPU
 from test_scripts import place, run_gfbs, run_train, trained  # noqa: F401
 
-from utils import experiment
+from utils import experiment, training
 from utils.batches import Batches, scoring_indices
 from utils.data import load_data
 from utils.finetune import Metrics, evaluate
@@ -30,7 +30,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    spy(experiment, "fit", "fit")
+    spy(training, "fit", "fit")
     spy(experiment, "channel_saliency", "saliency")
     spy(experiment, "select_channels", "select")
     return calls
@@ -91,7 +91,7 @@ def test_scoring_flags(trained, seen):  # noqa: F811
 def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):  # noqa: F811
     """Every evaluation gives another figure; each must turn up in its own place."""
     figures = iter([Metrics(1, 91, 99, 9), Metrics(1, 12, 52, 9)])
-    monkeypatch.setattr(experiment, "evaluate", lambda *args: next(figures))
+    monkeypatch.setattr(training, "evaluate", lambda *args: next(figures))
     epochs = iter([Metrics(1, 63, 83, 9), Metrics(1, 77, 87, 9), Metrics(1, 77, 86, 9)])
     monkeypatch.setattr("utils.finetune.evaluate", lambda *args: next(epochs))
     result = run_gfbs("--epochs", "3", "--min_channels", "5", "--p", "0.95")

@@ -1,0 +1,170 @@
+"""Training in stages, before each of which something may be cut; and what comes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim.swa_utils import update_bn
+
+from models.gate import Gate, GatedModel
+from utils.checkpoint import Checkpoint, load_model
+from utils.cost import model_cost
+from utils.distributed import Runtime
+from utils.finetune import evaluate, fit
+from utils.pruning import PruningPlan
+from utils.recipes import Recipe
+from utils.result import Snapshot
+from utils.run import Run
+from utils.surgery import prune
+from utils.tracker import Tracker
+
+
+def _nothing(model: GatedModel) -> PruningPlan:
+    return PruningPlan({})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the work: cut something, and train.
+
+    Attributes:
+        choose: what to cut, given the network as it is by then.
+        recipe: how to train.
+        fresh: whether to begin with fresh weights.
+    """
+
+    choose: Callable[[GatedModel], PruningPlan]
+    recipe: Recipe
+    fresh: bool = False
+
+
+def training_stage(recipe: Recipe) -> Stage:
+    """Cut nothing, and train."""
+    return Stage(_nothing, recipe)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage of a run needs.
+
+    Attributes:
+        run: where results go.
+        runtime: where it computes.
+        train, test: batches, as ``utils.batches.Batches``.
+        image_size: side in pixels, for the cost.
+        meta: metadata for every checkpoint.
+        holdout: batches that choose the best epoch in the place of the test set, if any.
+        recalibrate: batches that re-estimate the running statistics after every cut; 0 for none.
+    """
+
+    run: Run
+    runtime: Runtime
+    train: Any
+    test: Any
+    image_size: int
+    meta: Mapping[str, Any]
+    holdout: Any = None
+    recalibrate: int = 0
+
+    def measure(self, model: GatedModel) -> Snapshot:
+        """Evaluate a network and count what it costs."""
+        metrics, cost = evaluate(model, self.test, self.runtime), model_cost(model, self.image_size)
+        gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
+        return Snapshot(metrics, cost, model.group_widths(), gates)
+
+    def estimate_statistics(self, model: GatedModel) -> None:
+        """BatchNorm's running statistics anew, as plain averages over the first training batches.
+
+        The weights stay; the batches are those of the first epoch, whenever this is.
+        """
+        self.train.set_epoch(0)
+        mode = model.training
+        update_bn(itertools.islice(self.train, self.recalibrate), model)
+        model.train(mode)
+
+    def fine_tune(
+        self,
+        model: GatedModel,
+        stages: Sequence[Stage],
+        story: dict[str, Any] | None = None,
+        *,
+        every: int | None = None,
+        last: Checkpoint | None = None,
+    ) -> Tracker:
+        """Go through the stages: cut what each says, and fine-tune by its recipe.
+
+        Every stage has a fresh optimiser. model_best.pth is kept of the last stage only: before it,
+        the network is not yet pruned to the end.
+
+        Args:
+            model: the network before the first stage; with ``last``, whatever that file holds.
+            stages: what to cut and how to train, one after the other.
+            story, every: see ``Tracker``.
+            last: a checkpoint to continue from.
+        """
+        self.runtime.on_main(lambda: self.run.check_space(model))
+        total = sum(stage.recipe.epochs for stage in stages)
+        tracker = Tracker(
+            self.run, self.runtime, model, total, self.meta, every=every, story=story,
+            chosen_on="test" if self.holdout is None else "holdout",
+        )  # fmt: skip
+        choosing = self.test if self.holdout is None else self.holdout
+        resume = last.meta["training"] if last else None
+        for number, stage in enumerate(stages, start=1):
+            if resume and number < resume["stage"]:
+                continue
+            final = number == len(stages)
+            if resume:
+                tracker.continue_stage(resume, stage.recipe.epochs, final)
+            else:
+                cut = ", ".join(self.cut(model, stage))
+                if len(stages) > 1:
+                    what = f"cut {cut}" if cut else "all is cut"
+                    self.run.log(f"stage {number}/{len(stages)}: {what}")
+                tracker.start_stage(stage.recipe.epochs, final)
+            with self.run.signals.deferred():
+                fit(
+                    model, self.train, choosing, stage.recipe, self.runtime,
+                    watch=tracker, resume=resume,
+                    first_epoch=sum(s.recipe.epochs for s in stages[: number - 1]),
+                )  # fmt: skip
+            resume = None
+        return tracker
+
+    def cut(self, model: GatedModel, stage: Stage) -> list[str]:
+        """Cut in place what a stage cuts, and begin with fresh weights where it says so.
+
+        Returns the names of the groups that have lost channels.
+        """
+        plan = stage.choose(model)
+        losing = list(plan.losses(model.group_widths()).keep)
+        prune(model, plan)
+        if stage.fresh:
+            model.reset_parameters()
+        elif losing and self.recalibrate:
+            self.estimate_statistics(model)
+        return losing
+
+    def accuracies(self, tracker: Tracker) -> dict[str, Any]:
+        """Of the last epoch and of the best one, on the test set, which epochs with a holdout have
+        not seen; what they reached on that is told beside.
+        """
+        kinds = ("accuracy", "top5")
+        chosen = {kind: tracker.accuracies(kind) for kind in kinds}
+        if self.holdout is None or tracker.last is None:
+            return chosen
+        path = self.run.folder / "model_best.pth"
+        best = self.runtime.main_first(lambda: load_model(path))  # once rank 0 has written it
+        last = evaluate(tracker.model, self.test, self.runtime)
+        best = evaluate(best, self.test, self.runtime)
+        on_test = {
+            kind: {
+                "last": getattr(last, kind), "best": getattr(best, kind),
+                "best_epoch": tracker.best.number,
+            }
+            for kind in kinds
+        }  # fmt: skip
+        return {**on_test, "holdout": {"images": self.holdout.images, **chosen}}
