@@ -26,6 +26,7 @@ from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     Experiment,
+    check_budget,
     check_data,
     load_baseline,
 )
@@ -71,20 +72,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
     data = data.normalised_as(baseline.meta)
     check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
+    check_budget(baseline.model, args, args.image_size)
     recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
     seed_everything(args.seed, args.deterministic)
 
     config = flags.configuration(args, data.classes, baseline.digest)
     last = load_last(folder, args.net, config, runtime) if args.resume else None
+    train, test, holdout = image_batches(
+        data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
+        limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
+    )  # fmt: skip
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
-        train, test, holdout = image_batches(
-            data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
-            limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
-        )  # fmt: skip
         meta = data.metadata(args.dataset)
         experiment = Experiment(
-            run, runtime, train, test, args.image_size, meta, holdout, args.recalibrate
-        )
+            run, runtime, train, test, args.image_size, meta,
+            holdout=holdout, recalibrate=args.recalibrate,
+        )  # fmt: skip
         result = experiment.prune_and_fine_tune(baseline, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)

@@ -24,6 +24,7 @@ from utils.data import hold_out, list_folders
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     Experiment,
+    check_budget,
     load_baseline,
 )
 from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
@@ -74,13 +75,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     else:
         check_head(baseline, classes, f"--data_dir {args.data_dir}")
     model_cost(baseline.model, args.image_size)
+    check_budget(baseline.model, args, args.image_size)
     recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
 
     config = flags.configuration(args, classes, digest)
     last = load_last(folder, args.net, config, runtime) if args.resume else None
+    trained, held = hold_out(train_images, args.holdout)
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
         crops = Crops.for_baseline(args.image_size, baseline.meta)
-        trained, held = hold_out(train_images, args.holdout)
         with ExitStack() as stack:
             train, val, holdout = (
                 stack.enter_context(closing(FolderBatches(
@@ -95,8 +97,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             meta = folder_metadata(crops, baseline.meta.get("source"), classes)
             experiment = Experiment(
-                run, runtime, train, val, args.image_size, meta, holdout, args.recalibrate
-            )
+                run, runtime, train, val, args.image_size, meta,
+                holdout=holdout, recalibrate=args.recalibrate,
+            )  # fmt: skip
             result = experiment.prune_and_fine_tune(baseline, args, recipes, last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)

@@ -78,11 +78,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if last:
         model.load_state_dict(last.model.state_dict())
 
+    train, test, holdout = image_batches(
+        data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
+        limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
+    )  # fmt: skip
     with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
-        train, test, holdout = image_batches(
-            data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
-            limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
-        )  # fmt: skip
         run.log(f"{args.net} on {args.dataset}: {train.images} training images,"
                 f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
         cosine = CIFAR_COSINE if args.cosine else None

@@ -5,9 +5,10 @@
 #     OUT=/tmp/smoke SEEDS="1" sh experiments/cifar10.sh --dataset synthetic --epochs 2
 #     BASELINE=checkpoints sh experiments/criteria.sh --epochs 0       prune what is there already
 #
-# Flags go to every command of an experiment, training of the baseline included. A run that was cut
-# off goes on where it was, and one that has its result.json is skipped, so a script can simply be
-# started again. In the environment:
+# Flags go to every command of an experiment, training of the baseline included; those that only
+# pruning knows need BASELINE. A run that was cut off goes on where it was, and one that has its
+# result.json is skipped, so a script can simply be started again. Folders are relative to the
+# repository. In the environment:
 #
 #     SEEDS      of the pruning runs; one baseline, of seed 1, serves them all
 #     OUT        where everything goes (./checkpoints)

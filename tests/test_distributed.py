@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -12,11 +13,14 @@ import pytest
 import torch
 from conftest import random_model
 from test_data import make_folder
+from torch import nn
 
 from utils.batches import split_batches
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
+from utils.pruning import PruningPlan
+from utils.surgery import prune
 
 TESTS = Path(__file__).parent
 CIFAR = ["--net", "gateresnet20", "--dataset", "folder", "--bs", "6", "--image_size", "16"]
@@ -133,3 +137,21 @@ def test_a_rank_takes_its_gpu(monkeypatch):
         select_runtime("auto", (2, 3))
     with pytest.raises(InputError, match="--sync_bn needs GPUs"):
         select_runtime("cpu", sync_bn=True)
+
+
+def test_norms_that_ranks_share_are_scored_by_one_alone():
+    """What --sync_bn did to the norms is undone, to the bit, before a rank runs the model alone."""
+    model = random_model("gateresnet20")
+    before = copy.deepcopy(model.state_dict())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    Runtime(torch.device("cpu")).unsynced(model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    Runtime(torch.device("cpu"), sync_bn=True).unsynced(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert {type(norm) for norm in norms} == {nn.BatchNorm2d} and len(norms) == 19
+    assert all(norm.weight.requires_grad and norm.training for norm in norms)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    prune(model, PruningPlan({"gate1": [0, 2]}))
+    model(torch.randn(2, 3, 16, 16)).sum().backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CPU
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import place, run_gfbs, run_train, same_weights, trained  # noqa: F401
+from test_scripts import place, run_gfbs, run_train, same_weights, snapshot, trained  # noqa: F401
 
 import gfbs_cifar
 from tools import export, results
@@ -97,7 +97,7 @@ def test_a_budget_is_kept_and_reported(trained, of, capsys):  # noqa: F811
 
 def test_what_no_plan_can_cost_is_refused(trained):  # noqa: F811
     before = sorted(trained.rglob("*.pth"))
-    with pytest.raises(InputError, match=r"--macs 0.001 of \d+: at least \d+ macs stay"):
+    with pytest.raises(InputError, match=r"--macs 0.001 of \d+: at least \d+ stay"):
         run_gfbs("--macs", "0.001")
     with pytest.raises(InputError, match="--macs 0.001"):  # found out before the first round
         run_gfbs("--macs", "0.001", "--steps", "5")
@@ -243,6 +243,27 @@ def test_scoring_images_are_trained_on(trained, monkeypatch):  # noqa: F811
     assert (13, 12) in picked  # 18 images, of which 5 are held out
 
 
+@pytest.mark.parametrize("argv", [["--holdout", "18"], ["--macs", "0.001"]])
+def test_bad_input_overwrites_nothing(trained, argv):  # noqa: F811
+    output = ["--output", "other", "--checkpoint", str(trained)]
+    run_gfbs("--macs", "0.5", *output)
+    before = snapshot(trained.parents[1])
+    with pytest.raises(InputError, match=f"{argv[0]} {argv[1]}"):
+        run_gfbs(*(argv if "--macs" in argv else ["--macs", "0.5", *argv]), *output, "--overwrite")
+    if "--holdout" in argv:
+        with pytest.raises(InputError, match="--holdout 18"):
+            run_train(*argv, "--overwrite")
+    assert snapshot(trained.parents[1]) == before
+
+
+def test_a_baseline_that_has_seen_the_held_out_images_is_told_of(trained, capsys):  # noqa: F811
+    run_gfbs("--holdout", "5", "--epochs", "0")
+    assert "baseline was trained on images that are held out" in capsys.readouterr().out
+    run_train("--holdout", "5", "--output", "held")
+    run_gfbs("--holdout", "5", "--epochs", "0", "--output", "held")
+    assert "held out here" not in capsys.readouterr().out
+
+
 # Networks
 
 
@@ -327,6 +348,9 @@ def experiment_name(argv):
         (["--params", "1.5"], "--params"),
         (["--round_to", "0"], "--round_to"),
         (["--steps", "0"], "--steps"),
+        (["--step_epochs", "3"], "--step_epochs goes with --steps"),
+        (["--from_scratch", "--epochs", "0"], "--from_scratch needs --epochs of at least 1"),
+        (["--skip_finished", "--overwrite"], "--skip_finished and --overwrite do not go together"),
         (["--holdout", "-1"], "--holdout"),
     ],
 )

@@ -121,6 +121,13 @@ def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
 
 
+def test_logits_that_say_nothing_are_not_taken_for_equal():
+    silent = random_model("gateresnet20")
+    for parameter in silent.linear.parameters():
+        nn.init.zeros_(parameter)
+    assert export.largest_difference(silent, deployable(silent), 32) == float("inf")
+
+
 def test_bad_input(tmp_path, monkeypatch):
     save(tmp_path / "net.pth", "gateresnet20")
     (tmp_path / "net.pt2").write_text("somebody's")
@@ -128,6 +135,8 @@ def test_bad_input(tmp_path, monkeypatch):
         run_export(tmp_path / "net.pth")
     assert (tmp_path / "net.pt2").read_text() == "somebody's"
     run_export(tmp_path / "net.pth", "--overwrite")
+    with pytest.raises(InputError, match="is the checkpoint itself"):
+        run_export(tmp_path / "net.pth", "--output", tmp_path / "net.pth", "--overwrite")
     with pytest.raises(InputError, match="no such checkpoint"):
         run_export(tmp_path / "other.pth")
     save_checkpoint(tmp_path / "silent.pth", random_model("gateresnet20"))

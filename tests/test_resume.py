@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import random_model
 from kill import final_weights, kill_at_random_moments, pipeline, run_pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import COMMON, files, place, run_gfbs, run_train, same_weights, trained  # noqa: F401
 
 from utils import files as files_module
@@ -51,7 +52,7 @@ RUNS = {
     "train with a holdout": "--epochs 4 --holdout 4",
     "one shot": "--epochs 3",
     "smooth": "--smooth --smooth_epochs 1 --final_epochs 2 --p 0.5",
-    "steps": "--steps 3 --step_epochs 1 --epochs 2 --macs 0.5 --recalibrate 1 --holdout 2",
+    "steps": "--steps 2 --step_epochs 2 --epochs 2 --macs 0.5 --recalibrate 1 --holdout 2",
     "from scratch": "--epochs 3 --p 0.5 --from_scratch",
 }
 
@@ -78,6 +79,37 @@ def test_a_run_continues_to_the_same_bits(trained, monkeypatch, script, moment):
         assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
     if start is run_gfbs:
         assert resumed["channels"] == whole["channels"] and resumed["rounds"] == whole["rounds"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_continues_between_rounds(trained, epochs):  # noqa: F811
+    """The next round scores the same images, augmented alike, and is drawn where it belongs."""
+    argv = ["--steps", "2", "--step_epochs", "2", "--epochs", "1", "--p", "0.6"]
+    argv += ["--checkpoint", str(trained)]
+    run_gfbs(*argv, "--output", "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, epochs, "after_epoch")
+        with pytest.raises(Killed):
+            run_gfbs(*argv, "--output", "broken", "--logdir", "logs")
+    run_gfbs(*argv, "--output", "broken", "--logdir", "logs", "--resume")
+    run = "gateresnet20_folder/gfbs_p0.6_steps2_seed1"
+    assert same_weights(f"whole/{run}/last.pth", f"broken/{run}/last.pth")
+    plans = [Path(output, run, "plan.json").read_text() for output in ("whole", "broken")]
+    assert plans[0] == plans[1]
+    board = EventAccumulator(f"logs/{run}", size_guidance={"histograms": 0}).Reload()
+    assert [drawn.step for drawn in board.Histograms("saliency/gate1")] == [0, 2]
+    assert [drawn.step for drawn in board.Scalars("channels/gate1")] == [0, 2]
+
+
+def test_with_a_holdout_the_best_epoch_must_be_there(trained):  # noqa: F811
+    argv = ["--holdout", "4", "--epochs", "2", "--output", "held"]
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1, "after_epoch")
+        with pytest.raises(Killed):
+            run_train(*argv)
+    Path("held/gateresnet20_folder/model_best.pth").unlink()
+    with pytest.raises(InputError, match="model_best.pth is missing; put it back"):
+        run_train(*argv, "--resume")
 
 
 def test_with_nothing_to_resume_from_it_starts_afresh_and_says_so(trained, capsys):  # noqa: F811

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import math
 import sys
 import tempfile
 import warnings
@@ -58,6 +59,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = load_checkpoint(source)
     target = Path(args.output) if args.output else source.with_suffix(f".{args.format}")
     about = Path(f"{target}.json")
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target} is the checkpoint itself; see --output")
     for path in (target, about):
         if path.exists() and not args.overwrite:
             raise InputError(f"{path} is there already; --overwrite replaces it, or see --output")
@@ -98,6 +101,7 @@ def describe(checkpoint: Checkpoint, source: Path, size: int) -> dict[str, Any]:
         "macs": cost.macs,
         "params": cost.params,
         "accuracy": meta.get("accuracy"),
+        "tested_on": meta.get("tested_on", "test"),
         "source": {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
         "torch": torch.__version__,
     }  # fmt: skip
@@ -115,7 +119,10 @@ def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size:
             expected, logits = model(images), run(images)
         if logits.shape != expected.shape or not logits.isfinite().all():
             return float("inf")
-        worst = max(worst, ((expected - logits).abs().max() / expected.abs().max()).item())
+        difference = ((expected - logits).abs().max() / expected.abs().max()).item()
+        if math.isnan(difference):  # logits of nothing but zeros say nothing
+            return float("inf")
+        worst = max(worst, difference)
     return worst
 
 

@@ -17,7 +17,8 @@ class Acceleration:
 
     Attributes:
         amp: a name of ``AMP``: convolutions and linear layers compute in that type.
-        channels_last: images and weights lie in memory pixel by pixel instead of plane by plane.
+        channels_last: weights, and so activations, lie in memory pixel by pixel instead of plane by
+            plane.
         compile: training goes through ``torch.compile``.
     """
 
@@ -39,7 +40,10 @@ class Acceleration:
 
     def compiled(self, network: nn.Module) -> nn.Module:
         """The network as it is trained; weights are shared."""
-        return torch.compile(network, dynamic=False) if self.compile else network
+        if not self.compile:
+            return network
+        torch.compiler.reset()  # or, after a few stages, torch would give up compiling them
+        return torch.compile(network, dynamic=False)
 
     def __str__(self) -> str:
         words = {"channels_last": self.channels_last, "compiled": self.compile}

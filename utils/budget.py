@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Literal
 
+import torch
+
 from models.gate import GatedModel
 from utils.cost import Cost, model_cost
 from utils.pruning import PruningPlan, Ranking, largest_plan
@@ -22,7 +24,6 @@ def select_within(
     image_size: int,
     of: Literal["macs", "params"],
     most: float,
-    least: float | None = None,
 ) -> PruningPlan:
     """The largest plan of a ranking that costs at most so much.
 
@@ -32,7 +33,6 @@ def select_within(
         image_size: side of the images in pixels, for the multiply-adds.
         of: which cost.
         most: how much, in multiply-adds or parameters.
-        least: what later rounds of an iterative pruning will ask for.
 
     Raises ValueError, with the least that is possible, where every plan costs more than that.
     """
@@ -41,7 +41,14 @@ def select_within(
     def cost(plan: PruningPlan) -> int:
         return getattr(planned_cost(shapes, plan, image_size), of)
 
-    floor, wanted = cost(ranking.plan(0)), most if least is None else least
-    if floor > wanted:
-        raise ValueError(f"at least {floor} {of} stay, more than {wanted:.0f}")
-    return largest_plan(ranking, lambda plan: cost(plan) <= most)
+    plan = largest_plan(ranking, lambda plan: cost(plan) <= most)
+    if plan is None:
+        raise ValueError(f"at least {cost(ranking.plan(0))} {of} stay, more than {most:.0f}")
+    return plan
+
+
+def least_cost(model: GatedModel, image_size: int, min_channels: int, round_to: int) -> Cost:
+    """What every plan costs at least; which channels stay makes no difference to it."""
+    equal = {name: torch.zeros(width) for name, width in model.group_widths().items()}
+    ranking = Ranking(model.channel_groups(), equal, min_channels=min_channels, round_to=round_to)
+    return planned_cost(model, ranking.plan(0), image_size)

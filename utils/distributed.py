@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ class Runtime:
         """The model as it is evaluated: ranks do so on their own."""
         self.acceleration.laid_out(model.to(self.device))
         return nn.DataParallel(model, list(self.gpus)) if len(self.gpus) > 1 else model
+
+    def unsynced(self, model: GatedModel) -> None:
+        """Undo what ``sync_bn`` did to the norms: one rank alone is to run the model."""
+        for name, norm in list(model.named_modules()) if self.sync_bn else ():
+            if isinstance(norm, nn.SyncBatchNorm):
+                plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+                plain.__dict__.update({k: v for k, v in vars(norm).items() if k != "process_group"})
+                model.set_submodule(name, plain)
 
     def sync_buffers(self, model: GatedModel) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0."""
@@ -182,6 +191,9 @@ def select_runtime(
         raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
 
     use = tuple(gpus or range(visible)) if device == "cuda" else ()
+    compiler = os.environ.get("CXX", "g++")
+    if acceleration.compile and device == "cpu" and not shutil.which(compiler):
+        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if sync_bn and ranks == 1:
         raise InputError("--sync_bn is for several ranks: start the script with torchrun")

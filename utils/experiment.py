@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.gate import GatedModel
 from utils.batches import SCORING, random_stream, scoring_indices
-from utils.budget import select_within
+from utils.budget import least_cost, select_within
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.errors import InputError
@@ -60,6 +60,21 @@ def check_data(checkpoint: Checkpoint, classes: Sequence[str], image_size: int, 
     model_cost(checkpoint.model, image_size)
 
 
+def check_budget(model: GatedModel, args: argparse.Namespace, image_size: int) -> None:
+    """Raise InputError where no plan can cost as little as the flags say; no scores are needed."""
+    for of in ("macs", "params"):
+        asked = getattr(args, of)
+        if asked is None:
+            continue
+        whole = getattr(model_cost(model, image_size), of)
+        least = getattr(least_cost(model, image_size, args.min_channels, args.round_to), of)
+        if least > asked * whole:
+            raise InputError(
+                f"--{of} {asked:g} of {whole}: at least {least} stay; ask for more of them, or see"
+                " --min_channels and --round_to"
+            )
+
+
 class Experiment(Training):
     """A network that is pruned and then trained."""
 
@@ -87,16 +102,22 @@ class Experiment(Training):
             before = self.measure(model)
             self.run.log(f"baseline: {args.net} on {args.dataset}, {before}; {self.runtime}")
             story = {"plan": {}, "result": first_result(args, baseline, before)}
+            if args.holdout > (baseline.meta.get("config") or {}).get("holdout", 0):
+                self.run.log("warning: the baseline was trained on images that are held out here")
         if args.steps:
+            length = recipes.stage.epochs
             stages = [
-                Stage(partial(self.choose_and_report, args, story, step), recipes.stage)
+                Stage(
+                    partial(self.choose_and_report, args, story, step, (step - 1) * length),
+                    recipes.stage,
+                )
                 for step in range(1, args.steps + 1)
             ]
             stages += [training_stage(recipes.one_shot)] if args.epochs else []
         else:
             plan = PruningPlan(story["plan"])
             if not last:
-                plan = self.choose_and_report(args, story, 1, model)
+                plan = self.choose_and_report(args, story, 1, 0, model)
             stages = plan_stages(model, plan, recipes, args)
         tracker = self.fine_tune(
             last.model if last else model, stages, story, every=args.checkpoint_every, last=last
@@ -108,14 +129,20 @@ class Experiment(Training):
         return {**result, **accuracies, "history": tracker.history}
 
     def choose_and_report(
-        self, args: argparse.Namespace, story: dict[str, Any], step: int, model: GatedModel
+        self,
+        args: argparse.Namespace,
+        story: dict[str, Any],
+        step: int,
+        done: int,
+        model: GatedModel,
     ) -> PruningPlan:
         """What goes in a round of pruning, from 1 on; how the network does without it is measured.
 
-        ``story`` is brought up to date: the whole plan so far, and the result.
+        ``story`` is brought up to date: the whole plan so far, and the result. ``done`` epochs have
+        been trained before.
         """
         result = story["result"]
-        plan = self.choose_channels(model, args, result, step)
+        plan = self.choose_channels(model, args, result, step, done)
         story["plan"] = compose_kept(story["plan"], plan)
         self.run.save_plan(PruningPlan(story["plan"]))
         pruned = prune(copy.deepcopy(model), plan)
@@ -128,11 +155,16 @@ class Experiment(Training):
         add_surgery(result, plan, after, recalibrated)
         accuracy = (recalibrated or after.metrics).accuracy
         self.run.save("pruned.pth", pruned, **self.meta, accuracy=accuracy)
-        self.run.draw_surgery(result, step)
+        self.run.draw_surgery(result, done)
         return plan
 
     def choose_channels(
-        self, model: GatedModel, args: argparse.Namespace, result: Mapping[str, Any], step: int
+        self,
+        model: GatedModel,
+        args: argparse.Namespace,
+        result: Mapping[str, Any],
+        step: int,
+        done: int,
     ) -> PruningPlan:
         """Score all channels on one batch and select, as the flags say; rank 0 does so for all.
 
@@ -141,11 +173,13 @@ class Experiment(Training):
             args: what the command line says.
             result: what is known so far: the size of the network before the first round.
             step: the round, from 1 on; after round i of K, i/K of all that is to go is gone.
+            done: epochs that have been trained before.
         """
 
         def choose() -> PruningPlan:
             try:
                 saliency = self._score(model, args, step)
+                self.run.draw_saliency(saliency, done)
                 return self._select(model, saliency, args, result, step / (args.steps or 1))
             except InputError:
                 raise
@@ -155,10 +189,11 @@ class Experiment(Training):
         return self.runtime.on_main(choose)
 
     def _score(self, model: GatedModel, args: argparse.Namespace, step: int) -> dict[str, Tensor]:
+        self.train.set_epoch(0)  # the same augmentation, whatever came before
         indices = scoring_indices(self.train.images, args.score_images, args.score_seed)
         if CRITERIA[args.criterion].gradients:
             self.run.log(f"scoring on {len(indices)} training images")
-        saliency = channel_saliency(
+        return channel_saliency(
             model,
             *self.train.pick(indices),
             criterion=args.criterion,
@@ -166,8 +201,6 @@ class Experiment(Training):
             checkpoint_activations=args.checkpoint_activations,
             generator=random_stream(args.seed, SCORING, step),
         )
-        self.run.draw_saliency(saliency, step)
-        return saliency
 
     def _select(
         self,
@@ -185,16 +218,9 @@ class Experiment(Training):
             return select_channels(groups, saliency, args.p * share, entries=entries, **limits)
         of = "params" if args.macs is None else "macs"
         whole, asked = result["cost"][of]["before"], getattr(args, of)
-        try:
-            return select_within(
-                model, Ranking(groups, saliency, **limits), self.image_size, of,
-                most=whole * (1 - (1 - asked) * share), least=whole * asked,
-            )  # fmt: skip
-        except ValueError as error:
-            raise InputError(
-                f"--{of} {asked:g} of {whole}: {error}; ask for more of them, or see"
-                " --min_channels and --round_to"
-            ) from None
+        most = whole * asked if share == 1 else whole * (1 - (1 - asked) * share)
+        ranking = Ranking(groups, saliency, **limits)
+        return select_within(model, ranking, self.image_size, of, most)
 
 
 def plan_stages(

@@ -172,7 +172,7 @@ def fit(
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         scheduler.load_state_dict(resume["scheduler"])
-        scaler.load_state_dict(resume["scaler"])
+        scaler.load_state_dict(resume.get("scaler", {}))  # not in older files
         start, batch, sums = resume["epoch"], resume["batch"], resume["sums"]
 
     def state(

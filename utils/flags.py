@@ -153,9 +153,11 @@ def add_pruning_flags(
         help="score in less memory: activations are computed again on the way back")
     add("--min_channels", type=count, default=1, metavar="N", help="what every layer keeps")
     add("--round_to", type=count, default=1, metavar="N",
-        help="round the widths that are left up to multiples of N, such as 8, which hardware likes")
+        help="round the widths that are left up to multiples of N, such as 8, which hardware likes;"
+             " never above the present width")
     add("--recalibrate", type=count_or_zero, default=0, metavar="N",
-        help="after surgery, estimate BatchNorm's running statistics anew over N training batches")
+        help="after surgery, estimate BatchNorm's running statistics anew over N training batches"
+             " (of several ranks, over rank 0's share of them)")
     add("--from_scratch", action="store_true",
         help="the control: train the pruned shape from fresh weights, by the baseline's recipe")
 
@@ -174,7 +176,7 @@ def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     add("--steps", type=count, metavar="K",
         help="reach the goal in K rounds of scoring, cutting and fine-tuning, then --epochs more")
     add("--step_epochs", type=count_or_zero, metavar="N",
-        help="epochs of fine-tuning after each round (default: as --smooth_epochs)")
+        help="epochs of fine-tuning after each round (default: that of --smooth_epochs)")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +191,7 @@ def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
     """How to train faster, with other bits."""
     add = parser.add_argument_group("speed").add_argument
     add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
-    add("--channels_last", action="store_true", help="lay images out pixel by pixel in memory")
+    add("--channels_last", action="store_true", help="let activations lie in memory pixel by pixel")
     add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
 
 
@@ -240,12 +242,18 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """One way to cut at a time; and ``--smooth`` needs a last stage, which leaves checkpoints."""
+    """Refuse what contradicts itself; ``--smooth`` needs a last stage, which leaves checkpoints."""
     ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
     if len(ways) > 1:
         parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
-    lengths = (args.epochs if n is None else n for n in (args.smooth_epochs, args.final_epochs))
-    stages, final = lengths
+    if args.step_epochs is not None and not args.steps:
+        parser.error("--step_epochs goes with --steps")
+    if args.from_scratch and not args.epochs:
+        parser.error("--from_scratch needs --epochs of at least 1")
+    if args.skip_finished and args.overwrite:
+        parser.error("--skip_finished and --overwrite do not go together")
+    stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
+    final = args.epochs if args.final_epochs is None else args.final_epochs
     if args.smooth and stages and not final:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 

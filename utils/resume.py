@@ -20,15 +20,18 @@ def finished_result(folder: Path, config: Mapping[str, Any], runtime: Runtime) -
 
     Whether its data have the same classes is not looked at: nothing is read for it.
     """
-    try:
-        result = json.loads((folder / "result.json").read_text())
-        if differences({**result["config"], "classes": None}, config):
+
+    def find() -> Any:
+        try:
+            result = json.loads((folder / "result.json").read_text())
+            if differences({**result["config"], "classes": None}, config):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if runtime.is_main:
         print(f"done already; results in {folder}")
-    return result
+        return result
+
+    return runtime.on_main(find)  # or some ranks might leave, and others wait for them
 
 
 def load_last(

@@ -212,7 +212,9 @@ class Run:
     def draw_result(self, result: Mapping[str, Any]) -> None:
         """TensorBoard's HPARAMS: what was asked for beside what came out."""
         asked = {
-            k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.config.items()
+            k: v if isinstance(v, (bool, int, float)) else str(v)
+            for k, v in self.config.items()
+            if v is not None
         }
         metrics = {
             f"result/accuracy/{name}": value
@@ -223,6 +225,7 @@ class Run:
             metrics[f"result/{name}"] = cost["after"] if isinstance(cost, Mapping) else cost
         with self._drawing() as board:
             if board:
+                board.flush()  # add_hparams writes a file of its own, which is to be the last
                 board.add_hparams(asked, metrics, run_name=".")
 
     @contextmanager

@@ -109,8 +109,8 @@ class Tracker(Watch):
         self.run.log_epoch(epoch, self.stage_epochs, left, self.chosen_on)
         if self.final and (self.best is None or epoch.test.accuracy > self.best.test.accuracy):
             self.best = epoch
-            about = {"accuracy": epoch.test.accuracy, "epoch": epoch.number}
-            about["chosen"] = f"best on {self.chosen_on}"
+            about = {"accuracy": epoch.test.accuracy, "tested_on": self.chosen_on}
+            about |= {"epoch": epoch.number, "chosen": f"best on {self.chosen_on}"}
             self.run.save("model_best.pth", self.model, **self.meta, **about)
         self._save_last(state())
         self.run.draw_epoch(epoch, self.done, self.chosen_on)
@@ -127,7 +127,8 @@ class Tracker(Watch):
             "random": random_state(),
             "story": self.story,
         }
-        about = {"accuracy": self.last and self.last.test.accuracy, "epoch": state["epoch"]}
+        about = {"accuracy": self.last and self.last.test.accuracy, "tested_on": self.chosen_on}
+        about["epoch"] = state["epoch"]
         self.run.save_last(self.model, **self.meta, **about, training=training)
 
     def accuracies(self, kind: str = "accuracy") -> dict[str, Any]:

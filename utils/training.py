@@ -10,9 +10,10 @@ from typing import Any
 from torch.optim.swa_utils import update_bn
 
 from models.gate import Gate, GatedModel
-from utils.checkpoint import Checkpoint, load_model
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.distributed import Runtime
+from utils.errors import InputError
 from utils.finetune import evaluate, fit
 from utils.pruning import PruningPlan
 from utils.recipes import Recipe
@@ -81,9 +82,7 @@ class Training:
         The weights stay; the batches are those of the first epoch, whenever this is.
         """
         self.train.set_epoch(0)
-        mode = model.training
         update_bn(itertools.islice(self.train, self.recalibrate), model)
-        model.train(mode)
 
     def fine_tune(
         self,
@@ -119,10 +118,11 @@ class Training:
             final = number == len(stages)
             if resume:
                 tracker.continue_stage(resume, stage.recipe.epochs, final)
+                self._check_best(tracker)
             else:
                 cut = ", ".join(self.cut(model, stage))
                 if len(stages) > 1:
-                    what = f"cut {cut}" if cut else "all is cut"
+                    what = f"cut {cut}" if cut else "nothing to cut"
                     self.run.log(f"stage {number}/{len(stages)}: {what}")
                 tracker.start_stage(stage.recipe.epochs, final)
             with self.run.signals.deferred():
@@ -134,11 +134,18 @@ class Training:
             resume = None
         return tracker
 
+    def _check_best(self, tracker: Tracker) -> None:
+        """A run with a holdout ends with the network of its best epoch, so it must be there."""
+        path = self.run.folder / "model_best.pth"
+        if self.holdout is not None and tracker.best and not path.is_file():
+            raise InputError(f"{path} is missing; put it back, or start again without --resume")
+
     def cut(self, model: GatedModel, stage: Stage) -> list[str]:
         """Cut in place what a stage cuts, and begin with fresh weights where it says so.
 
         Returns the names of the groups that have lost channels.
         """
+        self.runtime.unsynced(model)
         plan = stage.choose(model)
         losing = list(plan.losses(model.group_widths()).keep)
         prune(model, plan)
@@ -157,13 +164,13 @@ class Training:
         if self.holdout is None or tracker.last is None:
             return chosen
         path = self.run.folder / "model_best.pth"
-        best = self.runtime.main_first(lambda: load_model(path))  # once rank 0 has written it
+        file = self.runtime.main_first(lambda: load_checkpoint(path))  # once rank 0 has written it
         last = evaluate(tracker.model, self.test, self.runtime)
-        best = evaluate(best, self.test, self.runtime)
+        best = evaluate(file.model, self.test, self.runtime)
         on_test = {
             kind: {
                 "last": getattr(last, kind), "best": getattr(best, kind),
-                "best_epoch": tracker.best.number,
+                "best_epoch": file.meta["epoch"],
             }
             for kind in kinds
         }  # fmt: skip
