@@ -145,7 +145,7 @@ def test_plans_of_a_ranking_are_nested():
 
 @pytest.mark.parametrize("net, granularity", [("gatevgg16", 0.01), ("gateresnet20", 0.024)])
 @pytest.mark.parametrize("of", ["macs", "params"])
-@pytest.mark.parametrize("asked", [0.25, 0.5, 0.9, 1])
+@pytest.mark.parametrize("asked", [0.4, 1])
 def test_a_budget_is_met_as_closely_as_channels_allow(net, granularity, of, asked):
     model = build_model(net)
     torch.manual_seed(6)

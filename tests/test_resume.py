@@ -52,7 +52,7 @@ RUNS = {
     "train with a holdout": "--epochs 4 --holdout 4",
     "one shot": "--epochs 3",
     "smooth": "--smooth --smooth_epochs 1 --final_epochs 2 --p 0.5",
-    "steps": "--steps 2 --step_epochs 2 --epochs 2 --macs 0.5 --recalibrate 1 --holdout 2",
+    "steps": "--steps 2 --step_epochs 2 --epochs 2 --p 0.6 --recalibrate 1 --holdout 2",
     "from scratch": "--epochs 3 --p 0.5 --from_scratch",
 }
 
