@@ -195,7 +195,7 @@ def test_taylor_fo_is_the_squared_derivative_of_the_loss_by_the_gate(net):
             for gate in group.gates
         ]
         expected = sum(squares) / len(squares)
-        assert scores[group.name][channel].item() == pytest.approx(expected, rel=1e-4)
+        assert scores[group.name][channel].item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_input_slice_stands_for_a_channel_that_is_only_read():
