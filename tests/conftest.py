@@ -15,9 +15,11 @@ from models import GatedModel, build_model
 from utils.distributed import Runtime
 
 
-def randomise_norms(model: nn.Module) -> None:
-    """Random scales, shifts and running statistics, so that no two channels are alike."""
+def randomise_channels(model: nn.Module) -> None:
+    """Random biases, scales, shifts and running statistics, so that no two channels are alike."""
     for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 0.5, 0.5)
             nn.init.normal_(module.bias)
@@ -28,7 +30,7 @@ def randomise_norms(model: nn.Module) -> None:
 def random_model(net: str, num_classes: int = 10) -> GatedModel:
     torch.manual_seed(0)
     model = build_model(net, num_classes)
-    randomise_norms(model)
+    randomise_channels(model)
     nn.init.normal_(model.get_submodule(model.head).bias)
     return model
 

@@ -21,8 +21,19 @@ from utils.surgery import prune
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
-@pytest.mark.parametrize("times", [0, 1, 2])
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20", "gatemobilenetv2", "gatedensenet40"])
+def test_a_network_pruned_twice_rebuilds_itself(tmp_path, net):
+    model = random_model(net)
+    for seed in (1, 2):
+        prune(model, random_plan(model, seed, 0.4))
+    save_checkpoint(tmp_path / "pruned.pth", model)
+    loaded = load_model(tmp_path / "pruned.pth")
+    assert loaded.kept == model.kept
+    images, _ = random_batch(2, 32 if net == "gatevgg11" else 16)
+    assert torch.equal(loaded.train()(images), model.train()(images))
+
+
+@pytest.mark.parametrize("net, times", [("gatevgg11", 0), ("gateresnet20", 2)])
 def test_a_fresh_process_gives_the_same_logits(tmp_path, net, times):
     model = random_model(net, num_classes=7).eval()
     for seed in range(times):
@@ -87,8 +98,12 @@ def test_files_of_others_load(tmp_path, wrapper, prefix, gates):
 
 @pytest.mark.parametrize("net", NETWORKS)
 def test_every_network_is_recognised_by_its_keys(tmp_path, net):
-    torch.save(random_model(net, num_classes=3).state_dict(), tmp_path / "plain.pth")
-    assert load_model(tmp_path / "plain.pth").net == net
+    state = random_model(net, num_classes=3).state_dict()
+    torch.save(state, tmp_path / "plain.pth")
+    loaded = load_model(tmp_path / "plain.pth")
+    assert (loaded.net, loaded.num_classes) == (net, 3)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
 
 
 def test_metadata_of_published_files_is_read(tmp_path):

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import build_model
 from models.selector import ChannelSelector
 from utils.budget import planned_cost
-from utils.checkpoint import load_model, save_checkpoint
 from utils.cost import model_cost
 from utils.pruning import PruningPlan
 from utils.saliency import channel_saliency
@@ -228,27 +227,6 @@ def choices(model):
         for name, module in model.named_modules()
         if isinstance(module, ChannelSelector)
     ]
-
-
-def test_checkpoint_of_a_network_pruned_twice_rebuilds_it(tmp_path, model):
-    for seed in (1, 2):
-        prune(model, random_plan(model, seed, 0.4))
-    save_checkpoint(tmp_path / "pruned.pth", model)
-    loaded = load_model(tmp_path / "pruned.pth")
-    assert loaded.kept == model.kept and choices(loaded) == choices(model)
-    images, _ = random_batch(2, 16)
-    assert torch.equal(loaded.train()(images), model.train()(images))
-
-
-@pytest.mark.parametrize("wrapper, prefix", [(None, ""), ("net", "module.")])
-def test_published_files_load(tmp_path, densenet40, wrapper, prefix):
-    state = {f"{prefix}{name}": tensor for name, tensor in densenet40.state_dict().items()}
-    content = state if wrapper is None else {wrapper: state, "acc": 94.0, "epoch": 159}
-    torch.save(content, tmp_path / "other.pth")
-    loaded = load_model(tmp_path / "other.pth")
-    assert (loaded.net, loaded.num_classes) == ("gatedensenet40", 10)
-    for name, tensor in densenet40.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def test_groups_are_what_one_layer_reads(densenet40):

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_scripts import place, run_gfbs, run_train, same_weights, snapshot, trained  # noqa: F401
 
 import gfbs_cifar
+import gfbs_imagenet
+import train
 from tools import export, results
 from utils import experiment, training
 from utils.batches import Batches, image_batches
@@ -350,7 +352,6 @@ def experiment_name(argv):
         (["--steps", "0"], "--steps"),
         (["--step_epochs", "3"], "--step_epochs goes with --steps"),
         (["--from_scratch", "--epochs", "0"], "--from_scratch needs --epochs of at least 1"),
-        (["--skip_finished", "--overwrite"], "--skip_finished and --overwrite do not go together"),
         (["--holdout", "-1"], "--holdout"),
     ],
 )
@@ -358,6 +359,13 @@ def test_flags_that_make_no_sense(argv, message, capsys):
     with pytest.raises(SystemExit) as left:
         gfbs_cifar.parse_args(argv)
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [train, gfbs_cifar, gfbs_imagenet])
+def test_what_is_finished_cannot_stay_and_be_replaced(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(["--data_dir", "x", "--skip_finished", "--overwrite"])
+    assert left.value.code == 2 and "do not go together" in capsys.readouterr().err
 
 
 def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):  # noqa: F811

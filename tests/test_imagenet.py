@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_pruning
 import torchvision
-from conftest import CPU, random_batch, random_model, randomise_norms, relative_difference
+from conftest import CPU, random_batch, random_model, randomise_channels, relative_difference
 from test_data import make_folder
 from test_surgery import random_plan
 from torch import nn
@@ -34,7 +34,7 @@ def original_and_gated(net, num_classes=10):
     """torchvision's network with random weights and statistics, and ours with the same."""
     torch.manual_seed(0)
     original = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
-    randomise_norms(original)
+    randomise_channels(original)
     gated = build_model(net, num_classes)
     missing, unexpected = gated.load_state_dict(original.state_dict(), strict=False)
     assert all(name.endswith(".gate") for name in missing) and not unexpected

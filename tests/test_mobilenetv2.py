@@ -14,7 +14,6 @@ from test_surgery import random_plan
 
 from models import build_model
 from utils.budget import planned_cost
-from utils.checkpoint import load_model, save_checkpoint
 from utils.cost import model_cost
 from utils.pruning import select_channels
 from utils.saliency import channel_saliency
@@ -187,24 +186,3 @@ def test_every_criterion_scores_it(model):
     for criterion in ("taylor_fo", "l1", "fpgm"):
         scores = channel_saliency(model, *random_batch(4, 16), criterion=criterion)
         assert {name: len(score) for name, score in scores.items()} == model.group_widths()
-
-
-@pytest.mark.parametrize("wrapper, prefix", [(None, ""), ("net", "module.")])
-def test_published_files_load(tmp_path, original, wrapper, prefix):
-    state = {f"{prefix}{name}": tensor for name, tensor in original.state_dict().items()}
-    content = state if wrapper is None else {wrapper: state, "acc": 94.0, "epoch": 159}
-    torch.save(content, tmp_path / "other.pth")
-    loaded = load_model(tmp_path / "other.pth")
-    assert (loaded.net, loaded.num_classes) == ("gatemobilenetv2", 10)
-    for name, tensor in original.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-def test_checkpoint_of_a_network_pruned_twice_rebuilds_it(tmp_path, model):
-    for seed in (1, 2):
-        prune(model, random_plan(model, seed))
-    save_checkpoint(tmp_path / "pruned.pth", model)
-    loaded = load_model(tmp_path / "pruned.pth")
-    images, _ = random_batch(2, 16)
-    assert loaded.kept == model.kept
-    assert torch.equal(loaded.train()(images), model.train()(images))

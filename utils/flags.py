@@ -241,6 +241,12 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
+def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is finished cannot both stay and be replaced."""
+    if args.skip_finished and args.overwrite:
+        parser.error("--skip_finished and --overwrite do not go together")
+
+
 def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what contradicts itself; ``--smooth`` needs a last stage, which leaves checkpoints."""
     ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
@@ -250,8 +256,6 @@ def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--step_epochs goes with --steps")
     if args.from_scratch and not args.epochs:
         parser.error("--from_scratch needs --epochs of at least 1")
-    if args.skip_finished and args.overwrite:
-        parser.error("--skip_finished and --overwrite do not go together")
     stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
     final = args.epochs if args.final_epochs is None else args.final_epochs
     if args.smooth and stages and not final:
