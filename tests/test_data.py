@@ -29,10 +29,13 @@ def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), images=6,
     return root
 
 
-def numbered_images(count, size=8):
-    """Images that carry their own number in every pixel's place."""
-    pixels = torch.arange(count * size * size).view(count, 1, size, size) % 251
-    return ImageSet(pixels.expand(-1, 3, -1, -1).to(torch.uint8), torch.arange(count))
+def numbered_images(count, size=8, layout=torch.contiguous_format):
+    """Images of which no two pixels near each other, or at the same place, are alike."""
+    pixels = torch.arange(count * 3 * size * size).view(count, 3, size, size) % 251
+    return ImageSet(pixels.to(torch.uint8, memory_format=layout), torch.arange(count))
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]  # of made-up and of decoded images
 
 
 def test_synthetic_set_is_the_same_every_time_and_balanced():
@@ -172,8 +175,9 @@ def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def batches(count=50, batch_size=16, **options):
-    return Batches(numbered_images(count), batch_size, CIFAR10_NORMALISATION, CPU, **options)
+def batches(count=50, batch_size=16, layout=torch.contiguous_format, **options):
+    images = numbered_images(count, layout=layout)
+    return Batches(images, batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
 
 def test_an_epoch_shows_every_image_once_in_another_order():
@@ -188,8 +192,9 @@ def test_an_epoch_shows_every_image_once_in_another_order():
     assert not torch.equal(torch.cat([labels for _, labels in other]), orders[0])
 
 
-def test_evaluation_shows_the_plain_images_in_file_order():
-    plain = batches(augment=False)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_shows_the_plain_images_in_file_order(layout):
+    plain = batches(augment=False, layout=layout)
     images, labels = (torch.cat(parts) for parts in zip(*plain, strict=True))
     assert torch.equal(labels, torch.arange(50))
     assert torch.equal(images, CIFAR10_NORMALISATION.apply(numbered_images(50).images))
@@ -205,10 +210,11 @@ def test_normalisation_is_that_of_torchvision():
     assert torch.allclose(CIFAR10_NORMALISATION.apply(images), expected, atol=1e-5)
 
 
-def test_augmentation_is_a_padded_crop_and_a_flip():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_augmentation_is_a_padded_crop_and_a_flip(layout):
     """Every augmented image is one of the 2 * 3 * 3 that padding, cropping and flipping allow."""
     source = numbered_images(400)
-    train = batches(400, 64, augment=True)
+    train = batches(400, 64, augment=True, layout=layout)
     padded = torch.nn.functional.pad(source.images, (1, 1, 1, 1))
     seen = set()
     for images, labels in train:

@@ -76,10 +76,13 @@ class Batches:
         self.labels = images.labels.to(runtime.device)
         self.size = images.images.shape[-1]
         self.padding = self.size // 8 if augment else 0
-        padded = F.pad(images.images.to(runtime.device), (self.padding,) * 4)
-        # A view, (N, 3, 2p+1, 2p+1, S, S): every crop of every image, so that one index picks a
-        # batch of crops.
-        self.crops = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
+        padded = F.pad(images.images.to(runtime.device).contiguous(), (self.padding,) * 4)
+        # Crops are gathered row by row, which is several times as fast as pixel by pixel: a view of
+        # every run of S pixels, and where in it the rows of an image's first crop are.
+        self.rows = padded.flatten().unfold(0, self.size, 1)
+        self.image_stride, plane, self.line, _ = padded.stride()
+        first = plane * torch.arange(3)[:, None] + self.line * torch.arange(self.size)
+        self.first_rows = first.flatten()
         self.batch_size, self.normalisation, self.runtime = batch_size, normalisation, runtime
         self.augment, self.seed, self.limit = augment, seed, limit
         self.set_epoch(0)
@@ -99,12 +102,20 @@ class Batches:
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        device = self.runtime.device
-        places, flips = self.places[indices].to(device), self.flips[indices].to(device)
-        indices = indices.to(device)
-        images = self.crops[indices, :, places[:, 0], places[:, 1]]
-        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-        return self.normalisation.apply(images), self.labels[indices]
+        flips = self.flips[indices].int()
+        turned_first = flips.argsort(descending=True, stable=True)
+        images = self._crops(indices[turned_first])
+        turned = images[: int(flips.sum())]
+        turned.copy_(turned.flip(-1))
+        images = images.index_select(0, turned_first.argsort().to(images.device))
+        return self.normalisation.apply(images), self.labels[indices.to(self.labels.device)]
+
+    def _crops(self, indices: Tensor) -> Tensor:
+        """This epoch's crops (B, 3, S, S), uint8, of the images at ``indices``."""
+        down, right = self.places[indices].T
+        corners = indices * self.image_stride + down * self.line + right
+        rows = (corners[:, None] + self.first_rows).flatten().to(self.rows.device)
+        return self.rows.index_select(0, rows).view(-1, 3, self.size, self.size)
 
     def _shares(self) -> list[Tensor]:
         shares = split_batches(

@@ -40,7 +40,7 @@ class Normalisation:
         mean, std = (
             torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (self.mean, self.std)
         )
-        return (images.float() - mean) / std
+        return images.float().sub_(mean).div_(std)
 
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
