@@ -27,6 +27,7 @@ RECIPE = Recipe(epochs=2, lr=0.05, weight_decay=1e-4, milestones=(1,), gamma=0.2
 FAST = [
     Acceleration(amp="bf16"),
     Acceleration(channels_last=True),
+    Acceleration(fused=True),
     Acceleration("bf16", channels_last=True, compile=True),
 ]
 
@@ -106,7 +107,9 @@ def test_what_is_asked_for_is_done():
         assert not activation.is_contiguous()
 
 
-@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"]])
+@pytest.mark.parametrize(
+    "flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"], ["--fused"]]
+)
 def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):  # noqa: F811
     # What is asked is whether the wrapper is in the way; the compiler itself would take a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -12,8 +12,9 @@ from test_scripts import place, run_gfbs, run_train, trained  # noqa: F401
 from utils import experiment, training
 from utils.batches import Batches, scoring_indices
 from utils.data import load_data
-from utils.finetune import Metrics, evaluate
+from utils.finetune import evaluate
 from utils.recipes import CIFAR_COSINE
+from utils.tally import Metrics
 
 
 @pytest.fixture

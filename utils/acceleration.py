@@ -20,11 +20,13 @@ class Acceleration:
         channels_last: weights, and so activations, lie in memory pixel by pixel instead of plane by
             plane.
         compile: training goes through ``torch.compile``.
+        fused: the optimiser's step is one pass over the weights.
     """
 
     amp: str | None = None
     channels_last: bool = False
     compile: bool = False
+    fused: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Around the forward pass and the loss of a training step."""
@@ -46,5 +48,8 @@ class Acceleration:
         return torch.compile(network, dynamic=False)
 
     def __str__(self) -> str:
-        words = {"channels_last": self.channels_last, "compiled": self.compile}
+        words = {
+            "channels_last": self.channels_last, "compiled": self.compile,
+            "fused optimiser": self.fused,
+        }  # fmt: skip
         return ", ".join([self.amp or "float32", *(word for word, on in words.items() if on)])

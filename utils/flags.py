@@ -193,11 +193,12 @@ def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
     add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
     add("--channels_last", action="store_true", help="let activations lie in memory pixel by pixel")
     add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
+    add("--fused", action="store_true", help="step the optimiser in one pass over the weights")
 
 
 def acceleration(args: argparse.Namespace) -> Acceleration:
     """What those flags say."""
-    return Acceleration(args.amp, args.channels_last, args.compile)
+    return Acceleration(args.amp, args.channels_last, args.compile, args.fused)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

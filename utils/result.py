@@ -8,8 +8,8 @@ from typing import Any
 
 from utils.checkpoint import Checkpoint
 from utils.cost import Cost
-from utils.finetune import Metrics
 from utils.pruning import PruningPlan
+from utils.tally import Metrics
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Loss and accuracy, summed up batch by batch."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.distributed import Runtime
+from utils.errors import RunError
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean cross-entropy, top-1 and top-5 accuracy (per cent) over ``images`` images."""
+
+    loss: float
+    accuracy: float
+    top5: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.2f} % of {self.images} images right, loss {self.loss:.3f}"
+
+
+class Tally:
+    """Sums of loss and hits, kept on the device so that no batch waits for a transfer."""
+
+    def __init__(self, runtime: Runtime, sums: list[float] | None = None):
+        self.runtime = runtime
+        exact = torch.float32 if runtime.device.type == "mps" else torch.float64
+        # Loss, top-1 hits, top-5 hits, images. Sums to go on from are those of all ranks.
+        start = sums if sums is not None and runtime.is_main else [0.0] * 4
+        self.sums = torch.tensor(start, dtype=exact, device=runtime.device)
+        self.first_bad = torch.full((), math.inf, dtype=exact, device=runtime.device)
+
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor, batch: int = 0) -> None:
+        best = logits.detach().topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = mean_loss.detach()
+        images = self.sums.new_tensor(len(labels))
+        self.sums += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), images])
+        bad = torch.where(torch.isfinite(loss), math.inf, float(batch))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+
+    def all_sums(self) -> list[float]:
+        """Over all ranks."""
+        return self.runtime.sum(self.sums.clone()).tolist()
+
+    def metrics(self, everywhere: bool = True) -> Metrics:
+        """Of all ranks, or of this one."""
+        loss, top1, top5, images = self.all_sums() if everywhere else self.sums.tolist()
+        count = max(images, 1)
+        return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
+
+    def check(self, where: str) -> None:
+        """Raise RunError, on every rank, if the loss of a batch was not finite."""
+        first = self.runtime.minimum(self.first_bad.clone()).item()
+        if math.isfinite(first):
+            raise RunError(
+                f"the loss is not finite in {where}, batch {first:.0f}: training has diverged;"
+                " the last good checkpoint is kept; try a lower --lr"
+            )
+
+
+def progress(batches: Any, title: str, tally: Tally) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches, behind a progress bar where there is a terminal to draw it on."""
+    if not (tally.runtime.is_main and sys.stderr.isatty()):
+        yield from batches
+        return
+    layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+    with tqdm(batches, title, leave=False, dynamic_ncols=True, bar_format=layout) as bar:
+        shown = began = time.perf_counter()
+        for batch in bar:
+            yield batch
+            now = time.perf_counter()
+            if now - shown > 0.5:  # reading the sums waits for the device
+                shown, seen = now, tally.metrics(everywhere=False)
+                speed = tally.runtime.world_size * seen.images / (now - began)
+                status = f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
+                bar.set_postfix_str(status)
