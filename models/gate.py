@@ -38,9 +38,13 @@ class Gate(nn.Module):
 
 @contextmanager
 def folded_gates(model: nn.Module) -> Iterator[None]:
-    """Gates of nothing but ones do not multiply as long as this lasts: the same bits, sooner."""
+    """Gates of nothing but ones do not multiply as long as this lasts: the same bits, sooner.
+
+    Gates whose gradient is asked for do.
+    """
     gates = [m for m in model.modules() if isinstance(m, Gate) and not m.folded]
-    folded = [gate for gate in gates if bool((gate.gate == 1).all())]
+    unread = [gate for gate in gates if not gate.gate.requires_grad]
+    folded = [gate for gate in unread if bool((gate.gate == 1).all())]
     for gate in folded:
         gate.folded = True
     try:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.gate import ChannelGroup, GatedModel
+from models.gate import ChannelGroup, GatedModel, folded_gates
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,9 @@ def _gradients(
     with unchanged(model), recomputed(blocks), torch.enable_grad():
         model.train()
         parameters = [parameter.requires_grad_() for parameter in watched.values()]
-        loss = F.cross_entropy(model(images), labels)
-        gradients = torch.autograd.grad(loss, parameters)
+        with folded_gates(model):
+            loss = F.cross_entropy(model(images), labels)
+            gradients = torch.autograd.grad(loss, parameters)
     return {name: grad.flatten() for name, grad in zip(watched, gradients, strict=True)}
 
 

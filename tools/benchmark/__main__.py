@@ -1,0 +1,71 @@
+"""Measure how fast it is, here and now: ours against the usual way, in one process, in turn.
+
+    python -m tools.benchmark data --folder my_images/train
+    python -m tools.benchmark train --net gatevgg16
+    python -m tools.benchmark prune --net resnet50 --bs 32
+    python -m tools.benchmark infer --checkpoint checkpoints/gatevgg16 --p 0.5 --round_to 8
+    python -m tools.benchmark scale --net gateresnet56
+
+Every table gives the median of the rounds, and how many times as fast as its first line the others
+are: the ratio of the medians, with the lowest and the highest ratio of a single round. Close other
+programs first; what a table says is about this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tools.benchmark import data, infer, prune, scale, train
+from utils import flags
+from utils.cli import Parser, count, run_script
+from utils.distributed import select_runtime
+from utils.errors import InputError
+from utils.files import write_json
+from utils.run import command_line, versions
+
+QUESTIONS = {"data": data, "train": train, "prune": prune, "infer": infer, "scale": scale}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, prog="python -m tools.benchmark")
+    questions = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    for name, module in QUESTIONS.items():
+        summary = module.__doc__.partition("\n")[0]
+        question = questions.add_parser(name, help=summary, description=module.__doc__)
+        module.add_flags(question)
+        flags.add_device_flags(question)
+        add = question.add_argument_group("measurement").add_argument
+        add("--rounds", type=count, default=7, metavar="N", help="how often each contender runs")
+        add("--json", metavar="FILE", help="write every single time there, too")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and return what FILE says."""
+    runtime = select_runtime(args.device, args.gpu)
+    print(f"{runtime}; {args.rounds} rounds", flush=True)
+    comparisons = []
+    for comparison in QUESTIONS[args.question].compare_all(args, runtime):
+        comparisons.append(comparison.as_dict())
+        print(f"\n{comparison}", flush=True)
+    result = {
+        "command": command_line(), "versions": versions(), "machine": platform.machine(),
+        "device": str(runtime), "threads": torch.get_num_threads(),
+        "comparisons": comparisons,
+    }  # fmt: skip
+    if args.json:
+        try:
+            write_json(args.json, result)
+        except OSError as error:
+            raise InputError(f"--json {args.json}: cannot be written ({error})") from error
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(parse_args, main))

@@ -1,0 +1,85 @@
+"""How many images a second train: our loop against a plain one, eager, in float32.
+
+The plain loop runs the network as it is and asks for the loss and the hits of every batch. All go
+through the same batches, crops and flips of noise that is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch.nn.functional as F
+
+from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.workload import add_workload_flags, fresh_model, noise_batches
+from utils.acceleration import Acceleration
+from utils.batches import Batches
+from utils.cli import count
+from utils.distributed import Runtime
+from utils.finetune import Trainer
+from utils.recipes import CIFAR_BASELINE
+from utils.tally import Tally
+
+# With the flags of train.py that ask for it.
+ACCELERATIONS = {
+    "ours": Acceleration(),
+    "--fused": Acceleration(fused=True),
+    "--channels_last": Acceleration(channels_last=True),
+    "--channels_last --compile": Acceleration(channels_last=True, compile=True),
+    "--amp bf16 --channels_last": Acceleration("bf16", channels_last=True),
+    "--amp bf16 --channels_last --compile": Acceleration("bf16", True, True),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_workload_flags(parser, 128, "gatevgg16")
+    parser.add_argument("--batches", type=count, default=5, metavar="N", help="batches a round")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled ones out")
+
+
+def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
+    batches = noise_batches(args, args.batches, runtime)
+    contenders = [Contender("plain loop", PlainLoop(args.net, batches, runtime))]
+    for name, acceleration in ACCELERATIONS.items():
+        if not (acceleration.compile and args.no_compile):
+            loop = OurLoop(args.net, batches, replace(runtime, acceleration=acceleration))
+            contenders.append(Contender(name, loop))
+    title = f"{args.net}, batch {args.bs}"
+    yield compare(title, contenders, batches.images, args.rounds, runtime.device)
+
+
+class PlainLoop:
+    """What one writes without a second thought."""
+
+    def __init__(self, net: str, batches: Batches, runtime: Runtime):
+        self.model, self.batches = fresh_model(net).to(runtime.device), batches
+        self.optimizer = CIFAR_BASELINE.optimizer(self.model)
+
+    def __call__(self, _: None) -> tuple[float, int]:
+        self.model.train()
+        loss_sum, hits = 0.0, 0
+        for images, labels in self.batches:
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            hits += (logits.argmax(1) == labels).sum().item()
+        return loss_sum, hits
+
+
+class OurLoop:
+    """``utils.finetune``, an epoch a round."""
+
+    def __init__(self, net: str, batches: Batches, runtime: Runtime):
+        self.trainer = Trainer(fresh_model(net), CIFAR_BASELINE, runtime)
+        self.batches, self.runtime = batches, runtime
+
+    def __call__(self, _: None) -> Tally:
+        tally = Tally(self.runtime)
+        for _ in self.trainer.train(self.batches, tally, "benchmark"):
+            pass
+        return tally
