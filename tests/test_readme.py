@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"),
+TEXTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"),
          *ROOT.glob("docs/*.md")]  # fmt: skip
 COMMAND = re.compile(r"(?:python|torchrun .*? --) (?:(\w+)\.py|-m (tools\.\w+))( .*|$)")
 SHELL = re.compile(r"sh (experiments/\w+\.sh)")
@@ -37,7 +37,10 @@ def test_there_are_commands_to_check():
 def test_documented_command_is_accepted(script, argv):
     argv = re.split(r"\s{2,}", argv.strip())[0]  # what follows two spaces is a remark
     argv = argv.replace("<path-to-imagenet>", "imagenet")
-    importlib.import_module(script).parse_args(shlex.split(argv))
+    module = importlib.import_module(script)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{script}.__main__")
+    module.parse_args(shlex.split(argv))
 
 
 def test_shell_scripts_that_are_named_are_there():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparis
         images = noise_batch(argparse.Namespace(**{**vars(args), "bs": batch}), runtime)[0]
         times = max(1, FEW // batch)
         contenders = [
-            Contender(name, lambda _, network=network, images=images: _run(network, images, times))
+            Contender(name, partial(_run, network, images, times))
             for name, network in networks.items()
         ]
         title = f"{unpruned.net}, batch {batch}"
@@ -99,7 +100,7 @@ def _exported(model: GatedModel, size: int, runtime: Runtime) -> Callable[[Tenso
     return network.to(runtime.device)
 
 
-def _run(network: Callable[[Tensor], Tensor], images: Tensor, times: int) -> None:
+def _run(network: Callable[[Tensor], Tensor], images: Tensor, times: int, _: None) -> None:
     with torch.inference_mode():
         for _ in range(times):
             network(images)

@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def without_gates(model: GatedModel) -> nn.Module:
 
 def peak_bytes(run: Callable[[nn.Module], None], model: nn.Module) -> int:
     """The most that was allocated at any moment of a run, by torch's own allocator."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks a lot
     with profile(profile_memory=True) as watched:
         run(model)
     with tempfile.TemporaryDirectory() as folder:

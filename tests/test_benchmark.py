@@ -1,0 +1,114 @@
+"""The benchmarks run, their arithmetic is right, and scoring takes no more memory than training."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+
+import pytest
+import torch
+from conftest import random_batch, random_model
+from test_data import make_folder
+
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark import timing
+from tools.benchmark.prune import forward_backward, peak_bytes, score_select_cut
+from tools.benchmark.train import ACCELERATIONS
+from utils.checkpoint import save_checkpoint
+from utils.errors import InputError
+from utils.pruning import PruningPlan
+from utils.surgery import prune
+
+TINY = ["--net", "gateresnet20", "--bs", "4", "--image_size", "8"]
+
+
+def run(*argv):
+    return benchmark.main(benchmark.parse_args([*argv, "--rounds", "2"]))["comparisons"]
+
+
+def test_contenders_run_in_turn_and_ratios_are_those_of_their_times(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    numbers = count()
+
+    def contender(name, *seconds):
+        times = iter([100.0, *seconds])  # the first is off the clock
+
+        def work(prepared):
+            calls.append((name, prepared))
+            clock[0] += next(times)
+
+        def prepare():
+            clock[0] += 1000  # off the clock, too
+            return next(numbers)
+
+        return timing.Contender(name, work, prepare)
+
+    contenders = [contender("a", 4.0, 6.0, 5.0), contender("b", 2.0, 1.0, 4.0)]
+    comparison = timing.compare("title", contenders, 10, 3, torch.device("cpu"))
+    assert [name for name, _ in calls] == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert [prepared for _, prepared in calls] == list(range(8))
+    assert comparison.seconds == {"a": [4, 6, 5], "b": [2, 1, 4]}
+    assert comparison.speed("b") == (2.5, 1.25, 6) and comparison.speed("a") == (1, 1, 1)
+    reference, other = comparison.as_dict()["contenders"]
+    assert other["speed"] == 2.5 and other["images_per_second"] == 5
+    assert "2.50  (1.25, 6.00)" in str(comparison)
+
+
+def test_data(tmp_path):
+    small, large = run("data", "--images", "40", "--bs", "8",
+                       "--folder", str(make_folder(tmp_path) / "train"))  # fmt: skip
+    assert (small["images"], large["images"]) == (40, 12)
+    for comparison in (small, large):
+        assert [c["name"] for c in comparison["contenders"]] == [
+            "PIL one by one, 2 workers",
+            "ours",
+        ]
+
+
+def test_train(tmp_path):
+    (comparison,) = run("train", *TINY, "--batches", "1", "--no_compile",
+                        "--json", str(tmp_path / "a.json"))  # fmt: skip
+    names = [c["name"] for c in comparison["contenders"]]
+    assert names == ["plain loop", *(n for n, a in ACCELERATIONS.items() if not a.compile)]
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["comparisons"] == [comparison] and written["versions"]["torch"]
+
+
+def test_prune():
+    (comparison,) = run("prune", *TINY)
+    assert [c["name"] for c in comparison["contenders"]][1:] == ["ours", "torch-pruning"]
+
+
+def test_infer(tmp_path):
+    model = random_model("gatevgg11")
+    save_checkpoint(tmp_path / "whole.pth", model)
+    half = {name: list(range(width // 2)) for name, width in model.group_widths().items()}
+    save_checkpoint(tmp_path / "half.pth", prune(model, PruningPlan(half)))
+    files = ["--checkpoint", str(tmp_path / "whole.pth"), "--pruned", str(tmp_path / "half.pth")]
+    one, many = run("infer", "--bs", "2", *files)
+    assert (one["title"], many["title"]) == ("gatevgg11, batch 1", "gatevgg11, batch 2")
+    facts, speeds = one["facts"], {c["name"]: c["median"] for c in one["contenders"]}
+    assert 3.5 < facts["fewer multiply-adds, times"] < 4
+    faster = speeds["unpruned, exported"] / speeds["pruned, exported"]
+    assert facts["share of it that becomes time"] == pytest.approx(
+        faster / facts["fewer multiply-adds, times"], abs=1e-3
+    )
+    with pytest.raises(InputError, match="--checkpoint and --pruned go together"):
+        run("infer", *files[:2])
+
+
+def test_scale():
+    (comparison,) = run("scale", *TINY, "--batches", "1")
+    names = [c["name"] for c in comparison["contenders"]]
+    assert names == ["1 rank", "1 rank, 2 threads", "2 ranks"] and comparison["images"] == 4
+
+
+@pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20", "gatemobilenetv2", "gatedensenet40"])
+def test_pruning_takes_no_more_memory_than_the_pass(net):
+    """5 % more at most; on a network in which activations count as they do in real batches."""
+    images, labels = random_batch(16, 32)
+    bare = peak_bytes(lambda model: forward_backward(model, images, labels), random_model(net))
+    ours = peak_bytes(lambda model: score_select_cut(model, images, labels, 0.5), random_model(net))
+    activations = images.nbytes * 10
+    assert activations < bare and ours < 1.05 * bare
