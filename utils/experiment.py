@@ -155,7 +155,7 @@ class Experiment(Training):
         add_surgery(result, plan, after, recalibrated)
         accuracy = (recalibrated or after.metrics).accuracy
         self.run.save("pruned.pth", pruned, **self.meta, accuracy=accuracy)
-        self.run.draw_surgery(result, done)
+        self.run.board.draw_surgery(result, done)
         return plan
 
     def choose_channels(
@@ -179,7 +179,7 @@ class Experiment(Training):
         def choose() -> PruningPlan:
             try:
                 saliency = self._score(model, args, step)
-                self.run.draw_saliency(saliency, done)
+                self.run.board.draw_saliency(saliency, done)
                 return self._select(model, saliency, args, result, step / (args.steps or 1))
             except InputError:
                 raise

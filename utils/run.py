@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from models.gate import GatedModel
+from utils.board import Board
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
@@ -66,7 +65,7 @@ class Run:
         self.folder, self.config, self.writes = folder, dict(config), runtime.is_main
         self.began = time.perf_counter()
         self.signals = Signals()
-        self.board = self._log = None
+        self.board, self._log = Board(), None
         self.only_now: tuple[str, ...] = ()  # words of the command line not to resume with
         self._saved = False
         runtime.on_main(lambda: self._open(logdir, overwrite, last))
@@ -92,8 +91,7 @@ class Run:
             self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
         with _writable(logdir, "--logdir"):
             done = len(last.meta["training"]["history"]) if last else -1
-            # TensorBoard shows nothing of what was written from that step on by an earlier run.
-            self.board = SummaryWriter(str(logdir), purge_step=done + 1)
+            self.board = Board(logdir, done + 1, self.log)
         with _writable(self.folder, "--output"):
             for name in RESULTS if replace else ("result.json",):  # of a run that is done again
                 (self.folder / name).unlink(missing_ok=True)
@@ -118,7 +116,7 @@ class Run:
         self.signals.install()
         try:
             self.log(f"$ {command_line()}")
-            self.draw_config()
+            self.board.draw_config(self.config)
             if self.writes and self._lock.took_over:
                 self.log(f"took the folder over from {self._lock.took_over}, which is gone")
         except BaseException:
@@ -140,10 +138,10 @@ class Run:
         return shlex.join(["python", *words, "--resume"])
 
     def _close(self) -> None:
-        for file in (self.board, self._log):
-            if file is not None:
-                with suppress(OSError):  # a full disk has been told of already
-                    file.close()
+        self.board.close()
+        if self._log is not None:
+            with suppress(OSError):  # a full disk has been told of already
+                self._log.close()
         self._lock.release()
 
     @contextmanager
@@ -174,68 +172,6 @@ class Run:
             f"  {tested_on} {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
             f"  {epoch.images_per_second:.0f} images/s  {format_seconds(seconds_left)} left"
         )
-
-    def draw_epoch(self, epoch: Epoch, step: int, tested_on: str) -> None:
-        """TensorBoard scalars at ``step``, the epochs since the run began."""
-        scalars = {"lr": epoch.lr, "images_per_second": epoch.images_per_second}
-        for part, metrics in (("train", epoch.train), (tested_on, epoch.test)):
-            scalars |= {f"loss/{part}": metrics.loss, f"accuracy/{part}": metrics.accuracy}
-        with self._drawing() as board:
-            for name, value in scalars.items() if board else ():
-                board.add_scalar(name, value, step)
-
-    def draw_saliency(self, saliency: Mapping[str, Tensor], step: int) -> None:
-        """A TensorBoard histogram of every group's scores, in a round of pruning."""
-        with self._drawing() as board:
-            for name, scores in saliency.items() if board else ():
-                board.add_histogram(f"saliency/{name}", scores.detach().cpu(), step)
-
-    def draw_surgery(self, result: Mapping[str, Any], step: int) -> None:
-        """TensorBoard: the channels that every group keeps after a round, as curves and a table."""
-        rows = ["| group | before | after |", "| --- | --- | --- |"]
-        with self._drawing() as board:
-            for name, channels in result["channels"].items() if board else ():
-                board.add_scalar(f"channels/{name}", channels["after"], step)
-                rows.append(f"| {name} | {channels['before']} | {channels['after']} |")
-            if board:
-                board.add_text("channels", "\n".join(rows), step)
-
-    def draw_config(self) -> None:
-        """TensorBoard: the configuration as a table."""
-        rows = [f"| {name} | {value} |" for name, value in self.config.items()]
-        with self._drawing() as board:
-            if board:
-                board.add_text(
-                    "configuration", "\n".join(["| flag | value |", "| --- | --- |", *rows])
-                )
-
-    def draw_result(self, result: Mapping[str, Any]) -> None:
-        """TensorBoard's HPARAMS: what was asked for beside what came out."""
-        asked = {
-            k: v if isinstance(v, (bool, int, float)) else str(v)
-            for k, v in self.config.items()
-            if v is not None
-        }
-        metrics = {
-            f"result/accuracy/{name}": value
-            for name, value in result["accuracy"].items()
-            if value is not None and name != "best_epoch"
-        }
-        for name, cost in result["cost"].items():
-            metrics[f"result/{name}"] = cost["after"] if isinstance(cost, Mapping) else cost
-        with self._drawing() as board:
-            if board:
-                board.flush()  # add_hparams writes a file of its own, which is to be the last
-                board.add_hparams(asked, metrics, run_name=".")
-
-    @contextmanager
-    def _drawing(self) -> Iterator[SummaryWriter | None]:
-        """The board, if there is one; a run goes on without it where it cannot be written."""
-        try:
-            yield self.board
-        except OSError as error:
-            self.board = None
-            self.log(f"warning: no more TensorBoard files: they cannot be written ({error})")
 
     def save_plan(self, plan: PruningPlan) -> None:
         """Write plan.json."""
@@ -289,7 +225,7 @@ class Run:
         if self.writes:
             with self._writing():
                 write_json(self.folder / "result.json", record)
-        self.draw_result(result)
+        self.board.draw_result(self.config, result)
         self.log(f"took {format_seconds(record['wall_time_seconds'])}; results in {self.folder}")
         return record
 

@@ -113,7 +113,7 @@ class Tracker(Watch):
             about |= {"epoch": epoch.number, "chosen": f"best on {self.chosen_on}"}
             self.run.save("model_best.pth", self.model, **self.meta, **about)
         self._save_last(state())
-        self.run.draw_epoch(epoch, self.done, self.chosen_on)
+        self.run.board.draw_epoch(epoch, self.done, self.chosen_on)
         signum = self.runtime.most(self.run.signals.received)
         if signum:
             raise Interrupted(signum, f"stopped after epoch {epoch.number}")
