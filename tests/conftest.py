@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # One thread is fastest for networks of this size, in the suite and in the processes it starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from runs import make_folder, run_train
 from torch import nn
 
 from models import GatedModel, build_model
@@ -63,6 +65,33 @@ def random_batch(count: int = 8, size: int = 32, num_classes: int = 10, dtype=to
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |a|, in which this project states equality."""
     return ((a - b).abs().max() / a.abs().max()).item()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with images in ``images``; scripts write below it."""
+    make_folder(tmp_path / "images", images=9, size=(16, 16))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """What ``train.py`` leaves, for all tests to copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_folder(folder / "images", images=9, size=(16, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_train()
+    return folder
+
+
+@pytest.fixture
+def trained(place, trained_once):
+    """The folder of a trained network, in ``place``."""
+    for name in ("checkpoints", "runs"):
+        shutil.copytree(trained_once / name, place / name)
+    return place / "checkpoints" / "gateresnet20_folder"
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU, random_batch, random_model, relative_difference
-from test_scripts import place, run_gfbs, run_train, same_weights, trained  # noqa: F401
+from runs import run_gfbs, same_weights
 from torch.optim import SGD
 
 from models import Gate, build_model
@@ -110,7 +110,7 @@ def test_what_is_asked_for_is_done():
 @pytest.mark.parametrize(
     "flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"], ["--fused"]]
 )
-def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):  # noqa: F811
+def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):
     # What is asked is whether the wrapper is in the way; the compiler itself would take a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     options = [*flags, "--p", "0.5", "--epochs", "2", "--checkpoint", str(trained)]

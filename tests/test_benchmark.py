@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 from conftest import random_batch, random_model
-from test_data import make_folder
+from runs import make_folder
 
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import timing

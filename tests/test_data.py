@@ -11,22 +11,12 @@ import pytest
 import torch
 from conftest import CPU
 from PIL import Image
+from runs import make_folder
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.batches import Batches, scoring_indices
 from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data, read_image
 from utils.errors import InputError
-
-
-def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), images=6, size=(40, 36)):
-    """A folder data set of uniform images whose shade says which they are."""
-    for part in parts:
-        for c, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(images):
-                Image.new("RGB", size, (10 * i, 50 * c, 7)).save(folder / f"{i}.png")
-    return root
 
 
 def numbered_images(count, size=8, layout=torch.contiguous_format):

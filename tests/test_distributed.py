@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from test_data import make_folder
+from runs import make_folder
 from torch import nn
 
 from utils.batches import split_batches
@@ -44,11 +45,12 @@ def launch(ranks, script, folder, *argv, **environment):
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, monkeypatch):
     """Two classes; 14 training images and 9 for evaluation, which two does not divide."""
     make_folder(tmp_path / "images", parts=("train",), images=7, size=(40, 40))
     make_folder(tmp_path / "images", parts=("val",), images=5, size=(40, 40))
     (tmp_path / "images" / "val" / "cat" / "0.png").unlink()
+    monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "cifar.pth", random_model("gateresnet20", 2))
     save_checkpoint(tmp_path / "imagenet.pth", random_model("resnet18", 2))
     return tmp_path
@@ -61,9 +63,11 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     argv = [*argv, "--data_dir", "images", "--checkpoint", checkpoint, "--p", "0.4"]
     argv += ["--epochs", "2", "--lr", "0.001"]
     results = {}
+    alone = importlib.import_module(script)
+    alone.main(alone.parse_args([*argv, "--output", "1", "--device", "cpu"]))
+    done = launch(2, script, place, *argv, "--output", "2")
+    assert done.returncode == 0, done.stderr
     for ranks in (1, 2):
-        done = launch(ranks, script, place, *argv, "--output", str(ranks))
-        assert done.returncode == 0, done.stderr
         (run,) = (place / str(ranks)).glob("*/gfbs_p0.4_seed1")
         results[ranks] = (
             json.loads((run / "result.json").read_text()),

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from conftest import CPU
+from runs import run_gfbs, run_train, same_weights, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import place, run_gfbs, run_train, same_weights, snapshot, trained  # noqa: F401
 
 import gfbs_cifar
 import gfbs_imagenet
@@ -34,7 +34,7 @@ def entries(model):
 # Rounds
 
 
-def test_rounds_take_equal_shares_of_the_original_entries(trained):  # noqa: F811
+def test_rounds_take_equal_shares_of_the_original_entries(trained):
     result = run_gfbs("--p", "0.6", "--steps", "3", "--step_epochs", "2")
     whole = entries(load_model(trained / "model_best.pth"))
     for i, done in enumerate(result["rounds"], start=1):
@@ -54,7 +54,7 @@ def test_rounds_take_equal_shares_of_the_original_entries(trained):  # noqa: F81
     assert result["ratio"]["reached"] == pytest.approx(1 - entries(last) / whole)
 
 
-def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypatch):  # noqa: F811
+def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypatch):
     scored = []
     original = experiment.channel_saliency
 
@@ -70,14 +70,14 @@ def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypa
     assert sum(t.numel() for t in second.values()) < sum(t.numel() for t in first.values())
 
 
-def test_one_round_without_fine_tuning_is_the_one_shot(trained):  # noqa: F811
+def test_one_round_without_fine_tuning_is_the_one_shot(trained):
     run_gfbs("--p", "0.5")
     run_gfbs("--p", "0.5", "--steps", "1", "--step_epochs", "0")
     assert same_weights(trained / "gfbs_p0.5_seed1/last.pth",
                         trained / "gfbs_p0.5_steps1_seed1/last.pth")  # fmt: skip
 
 
-def test_rounds_towards_a_budget(trained):  # noqa: F811
+def test_rounds_towards_a_budget(trained):
     result = run_gfbs("--macs", "0.4", "--steps", "3", "--step_epochs", "0", "--epochs", "0")
     whole = result["cost"]["macs"]["before"]
     for share, done in zip((0.8, 0.6, 0.4), result["rounds"], strict=True):
@@ -88,7 +88,7 @@ def test_rounds_towards_a_budget(trained):  # noqa: F811
 
 
 @pytest.mark.parametrize("of", ["macs", "params"])
-def test_a_budget_is_kept_and_reported(trained, of, capsys):  # noqa: F811
+def test_a_budget_is_kept_and_reported(trained, of, capsys):
     result = run_gfbs(f"--{of}", "0.5", "--epochs", "0")
     pruned = load_model(trained / f"gfbs_{of}0.5_seed1" / "pruned.pth")
     baseline = load_model(trained / "model_best.pth")
@@ -97,7 +97,7 @@ def test_a_budget_is_kept_and_reported(trained, of, capsys):  # noqa: F811
     assert f"asked at most 50.00 %, reached {100 * reached:.2f} %" in capsys.readouterr().out
 
 
-def test_what_no_plan_can_cost_is_refused(trained):  # noqa: F811
+def test_what_no_plan_can_cost_is_refused(trained):
     before = sorted(trained.rglob("*.pth"))
     with pytest.raises(InputError, match=r"--macs 0.001 of \d+: at least \d+ stay"):
         run_gfbs("--macs", "0.001")
@@ -106,7 +106,7 @@ def test_what_no_plan_can_cost_is_refused(trained):  # noqa: F811
     assert sorted(trained.rglob("*.pth")) == before
 
 
-def test_rounding_leaves_multiples(trained):  # noqa: F811
+def test_rounding_leaves_multiples(trained):
     result = run_gfbs("--p", "0.5", "--round_to", "8", "--epochs", "0")
     assert all(channels["after"] % 8 == 0 for channels in result["channels"].values())
 
@@ -114,7 +114,7 @@ def test_rounding_leaves_multiples(trained):  # noqa: F811
 # Controls
 
 
-def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkeypatch):  # noqa: F811
+def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkeypatch):
     begun = []
     original = training.fit
 
@@ -143,7 +143,7 @@ def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkey
 # Recalibration
 
 
-def test_recalibration_averages_the_statistics_of_the_batches(trained):  # noqa: F811
+def test_recalibration_averages_the_statistics_of_the_batches(trained):
     plain = run_gfbs("--p", "0.4", "--epochs", "0")
     result = run_gfbs("--p", "0.4", "--epochs", "0", "--recalibrate", "2", "--output", "again",
                       "--checkpoint", str(trained))  # fmt: skip
@@ -167,7 +167,7 @@ def test_recalibration_averages_the_statistics_of_the_batches(trained):  # noqa:
     assert "recalibrated" not in plain["accuracy"]
 
 
-def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):  # noqa: F811
+def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):
     begun = []
     monkeypatch.setattr(training, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
     run_gfbs("--p", "0.4", "--recalibrate", "2")
@@ -193,7 +193,7 @@ def test_held_out_images_are_the_last_and_not_trained_on():
 
 
 @pytest.mark.parametrize("script", ["train", "gfbs"])
-def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch, script):  # noqa: F811
+def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch, script):
     """Which images are evaluated on, in order: the epochs' are the held-out ones, and the test set
     is read once for each network that the result tells of.
     """
@@ -232,7 +232,7 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
     assert "best on holdout" in log and "best on test" not in log and " holdout " in log
 
 
-def test_scoring_images_are_trained_on(trained, monkeypatch):  # noqa: F811
+def test_scoring_images_are_trained_on(trained, monkeypatch):
     picked = []
     original = Batches.pick
 
@@ -246,7 +246,7 @@ def test_scoring_images_are_trained_on(trained, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("argv", [["--holdout", "18"], ["--macs", "0.001"]])
-def test_bad_input_overwrites_nothing(trained, argv):  # noqa: F811
+def test_bad_input_overwrites_nothing(trained, argv):
     output = ["--output", "other", "--checkpoint", str(trained)]
     run_gfbs("--macs", "0.5", *output)
     before = snapshot(trained.parents[1])
@@ -258,7 +258,7 @@ def test_bad_input_overwrites_nothing(trained, argv):  # noqa: F811
     assert snapshot(trained.parents[1]) == before
 
 
-def test_a_baseline_that_has_seen_the_held_out_images_is_told_of(trained, capsys):  # noqa: F811
+def test_a_baseline_that_has_seen_the_held_out_images_is_told_of(trained, capsys):
     run_gfbs("--holdout", "5", "--epochs", "0")
     assert "baseline was trained on images that are held out" in capsys.readouterr().out
     run_train("--holdout", "5", "--output", "held")
@@ -270,7 +270,7 @@ def test_a_baseline_that_has_seen_the_held_out_images_is_told_of(trained, capsys
 
 
 @pytest.mark.parametrize("net", ["gatemobilenetv2", "gatedensenet40"])
-def test_other_networks_go_every_way(place, net):  # noqa: F811
+def test_other_networks_go_every_way(place, net):
     run_train("--net", net, "--epochs", "1")
     folder = place / "checkpoints" / f"{net}_folder"
     ways = {
@@ -298,7 +298,7 @@ def test_other_networks_go_every_way(place, net):  # noqa: F811
 # Runs
 
 
-def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):  # noqa: F811
+def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):
     first = run_gfbs("--p", "0.5")
     with monkeypatch.context() as patched:
         patched.setattr(gfbs_cifar, "load_data", None)  # nothing is read
@@ -311,7 +311,7 @@ def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):  # no
     assert run_gfbs("--p", "0.5", "--skip_finished")["accuracy"] == first["accuracy"]
 
 
-def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):  # noqa: F811
+def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):
     run_gfbs("--p", "0.5")
     monkeypatch.setattr(training, "fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -368,7 +368,7 @@ def test_what_is_finished_cannot_stay_and_be_replaced(script, capsys):
     assert left.value.code == 2 and "do not go together" in capsys.readouterr().err
 
 
-def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):  # noqa: F811
+def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):
     result = run_gfbs("--p", "0.5", "--w_beta", "0.1")
     logdir = trained.parents[1] / "runs" / "gateresnet20_folder" / "gfbs_p0.5_seed1"
     board = EventAccumulator(str(logdir), size_guidance={"histograms": 0}).Reload()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import CPU
-from test_scripts import place, run_gfbs, run_train, trained  # noqa: F401
+from runs import run_gfbs, run_train
 
 from utils import experiment, training
 from utils.batches import Batches, scoring_indices
@@ -51,13 +51,13 @@ TRAINING = [
 
 @pytest.mark.parametrize("argv, holds", TRAINING)
 @pytest.mark.parametrize("script", ["train", "gfbs"])
-def test_training_flags(trained, seen, script, argv, holds):  # noqa: F811
+def test_training_flags(trained, seen, script, argv, holds):
     run_train("--output", "x", *argv) if script == "train" else run_gfbs(*argv)
     (_, train, test, recipe, *_), _ = seen["fit"][-1]
     assert holds(train, test, recipe)
 
 
-def test_published_recipes_are_the_defaults(trained, seen):  # noqa: F811
+def test_published_recipes_are_the_defaults(trained, seen):
     run_train("--output", "x", "--epochs", "16")
     run_gfbs("--epochs", "16")
     recipes = [args[3] for args, _ in seen["fit"]]
@@ -66,7 +66,7 @@ def test_published_recipes_are_the_defaults(trained, seen):  # noqa: F811
         assert (r.epochs, r.lr, r.weight_decay, r.milestones, r.gamma, r.cosine) == values
 
 
-def test_stages_have_their_own_recipe_and_go_on_in_the_random_streams(trained, seen):  # noqa: F811
+def test_stages_have_their_own_recipe_and_go_on_in_the_random_streams(trained, seen):
     run_gfbs("--smooth", "--smooth_epochs", "2", "--final_epochs", "3", "--p", "0.5")
     *stages, final = [(args[3], options["first_epoch"]) for args, options in seen["fit"]]
     assert [first for _, first in [*stages, final]] == list(range(0, 2 * len(stages) + 1, 2))
@@ -76,7 +76,7 @@ def test_stages_have_their_own_recipe_and_go_on_in_the_random_streams(trained, s
     assert (recipe.epochs, recipe.lr, recipe.weight_decay, recipe.gamma) == (3, 0.01, 5e-4, 0.2)
 
 
-def test_scoring_flags(trained, seen):  # noqa: F811
+def test_scoring_flags(trained, seen):
     options = ["--w_beta", "0.3", "--min_channels", "4", "--p", "0.6", "--score_images", "5"]
     run_gfbs("--epochs", "0", *options, "--score_seed", "2", "--seed", "7")
     (_, images, labels), scoring = seen["saliency"][0]
@@ -89,7 +89,7 @@ def test_scoring_flags(trained, seen):  # noqa: F811
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
 
 
-def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):  # noqa: F811
+def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
     """Every evaluation gives another figure; each must turn up in its own place."""
     figures = iter([Metrics(1, 91, 99, 9), Metrics(1, 12, 52, 9)])
     monkeypatch.setattr(training, "evaluate", lambda *args: next(figures))
@@ -113,7 +113,7 @@ def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):  # noq
     assert f"{held[0]:<28}" in shown and "at the floor" in shown
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(trained):  # noqa: F811
+def test_overwriting_leaves_nothing_of_the_old_run(trained):
     run_gfbs("--epochs", "1", "--p", "0.5")
     run_gfbs("--epochs", "0", "--p", "0.5", "--overwrite")
     run = trained / "gfbs_p0.5_seed1"
@@ -121,7 +121,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(trained):  # noqa: F811
     assert (run / "log.txt").read_text().count("$ ") == 1
 
 
-def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):  # noqa: F811
+def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     clock = iter(range(1000))
     monkeypatch.setattr("utils.finetune.time.perf_counter", lambda: float(next(clock)))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scripts import place, run_gfbs, trained  # noqa: F401  the first and last are fixtures
+from runs import run_gfbs
 
 from tools import results
 from tools.curves import make_panels, middle_asked, short_names
@@ -432,7 +432,7 @@ def test_the_command_leaves_with_code_2_and_one_line(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-def test_what_the_scripts_write(trained, capsys):  # noqa: F811  a fixture
+def test_what_the_scripts_write(trained, capsys):
     made = run_gfbs("--p", "0.5", "--seed", "3", "--recalibrate", "1")
     capsys.readouterr()
     (row,) = table(trained.parent, plot=trained / "plot.png")

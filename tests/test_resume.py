@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import random_model
 from kill import final_weights, kill_at_random_moments, pipeline, run_pipeline
+from runs import files, run_gfbs, run_train, same_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import COMMON, files, place, run_gfbs, run_train, same_weights, trained  # noqa: F401
 
 from utils import files as files_module
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -57,32 +57,33 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("moment", [1, 4, 7])
 @pytest.mark.parametrize("script", RUNS)
-def test_a_run_continues_to_the_same_bits(trained, monkeypatch, script, moment):  # noqa: F811
+def test_a_run_continues_to_the_same_bits(trained, script):
     """Batches of 8 of 18 images, saved after every other one, so also in mid-epoch."""
     start = run_train if script.startswith("train") else run_gfbs
     argv = [*RUNS[script].split(), "--checkpoint_every", "2"]
     if start is run_gfbs:
         argv += ["--checkpoint", str(trained)]
     whole = start(*argv, "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, moment)
-        with pytest.raises(Killed):
-            start(*argv, "--output", "broken")
-    resumed = start(*argv, "--output", "broken", "--resume")
-    for path in Path("whole").rglob("*.pth"):
-        if path.name != "last_previous.pth":
-            assert same_weights(path, Path("broken") / path.relative_to("whole")), path
-    assert resumed["accuracy"] == whole["accuracy"]
-    for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
-        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
-    if start is run_gfbs:
-        assert resumed["channels"] == whole["channels"] and resumed["rounds"] == whole["rounds"]
+    for moment in (1, 4, 7):
+        broken = Path(f"broken{moment}")
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(patch, moment)
+            with pytest.raises(Killed):
+                start(*argv, "--output", str(broken))
+        resumed = start(*argv, "--output", str(broken), "--resume")
+        for path in Path("whole").rglob("*.pth"):
+            if path.name != "last_previous.pth":
+                assert same_weights(path, broken / path.relative_to("whole")), (moment, path)
+        assert resumed["accuracy"] == whole["accuracy"]
+        for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
+            assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+        if start is run_gfbs:
+            assert resumed["channels"] == whole["channels"] and resumed["rounds"] == whole["rounds"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_run_continues_between_rounds(trained, epochs):  # noqa: F811
+def test_a_run_continues_between_rounds(trained, epochs):
     """The next round scores the same images, augmented alike, and is drawn where it belongs."""
     argv = ["--steps", "2", "--step_epochs", "2", "--epochs", "1", "--p", "0.6"]
     argv += ["--checkpoint", str(trained)]
@@ -101,7 +102,7 @@ def test_a_run_continues_between_rounds(trained, epochs):  # noqa: F811
     assert [drawn.step for drawn in board.Scalars("channels/gate1")] == [0, 2]
 
 
-def test_with_a_holdout_the_best_epoch_must_be_there(trained):  # noqa: F811
+def test_with_a_holdout_the_best_epoch_must_be_there(trained):
     argv = ["--holdout", "4", "--epochs", "2", "--output", "held"]
     with pytest.MonkeyPatch.context() as patch:
         die_after(patch, 1, "after_epoch")
@@ -112,13 +113,13 @@ def test_with_a_holdout_the_best_epoch_must_be_there(trained):  # noqa: F811
         run_train(*argv, "--resume")
 
 
-def test_with_nothing_to_resume_from_it_starts_afresh_and_says_so(trained, capsys):  # noqa: F811
+def test_with_nothing_to_resume_from_it_starts_afresh_and_says_so(trained, capsys):
     run_train("--output", "new", "--resume")
     run_gfbs("--epochs", "1", "--resume")
     assert capsys.readouterr().out.count("nothing to resume from: starting afresh") == 2
 
 
-def test_another_configuration_is_refused_with_what_differs(trained):  # noqa: F811
+def test_another_configuration_is_refused_with_what_differs(trained):
     with pytest.raises(InputError, match=r"another configuration \(epochs: 2 there, 4 here\)"):
         run_train("--epochs", "4", "--resume")
     run_gfbs("--p", "0.5")
@@ -129,7 +130,7 @@ def test_another_configuration_is_refused_with_what_differs(trained):  # noqa: F
         run_gfbs("--p", "0.5", "--checkpoint", "twin", "--resume")
 
 
-def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):  # noqa: F811
+def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         die_after(patch, 1, "after_epoch")
         with pytest.raises(Killed):
@@ -148,13 +149,13 @@ def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):  # noq
     assert same_weights(new / "model_best.pth", trained / "model_best.pth")
 
 
-def test_resume_with_overwrite_deletes_nothing(trained):  # noqa: F811
+def test_resume_with_overwrite_deletes_nothing(trained):
     (trained / "config.json").unlink()
     run_train("--resume", "--overwrite")
     assert {"last.pth", "model_best.pth"} <= files(trained)
 
 
-def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):  # noqa: F811
+def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):
     last = trained / "last.pth"
     content = bytearray(last.read_bytes())
     before = load_checkpoint(last).model.state_dict()
@@ -166,7 +167,7 @@ def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):  # 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_another_number_of_ranks_is_warned_of(trained, capsys):  # noqa: F811
+def test_another_number_of_ranks_is_warned_of(trained, capsys):
     last = load_checkpoint(trained / "last.pth")
     meta = {k: v for k, v in last.meta.items() if k != "training"}
     save_checkpoint(
@@ -200,7 +201,7 @@ def _saved(state):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):  # noqa: F811
+def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
     run_train("--epochs", "3", "--output", "whole")
     with pytest.MonkeyPatch.context() as patch:
         call, seen = Tracker.after_batch, []
@@ -224,7 +225,7 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):  # n
     assert not Path("broken/gateresnet20_folder/lock").exists()
 
 
-def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):  # noqa: F811
+def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):
     run_train("--epochs", "2", "--output", "whole")
     with pytest.MonkeyPatch.context() as patch:
         call = Tracker.while_evaluating
@@ -243,7 +244,7 @@ def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch
     assert same_weights(f"whole/{name}", f"broken/{name}")
 
 
-def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):  # noqa: F811
+def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):
     save_checkpoint("c.pth", random_model("resnet18", 2))
     Path("images/test").rename("images/val")
     command = [
@@ -294,7 +295,7 @@ def full_disk(file):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(place, monkeypatch):  # noqa: F811
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(place, monkeypatch):
     run_train("--epochs", "2", "--output", "whole")
     original = files_module.write_atomically
     with pytest.MonkeyPatch.context() as patch:
@@ -330,7 +331,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--output", "--logdir"])
-def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):  # noqa: F811
+def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
     Path("file").write_text("in the way")
     with pytest.raises(InputError, match=f"file.*cannot be written .*see {flag}"):
         run_train(flag, "file")
@@ -344,7 +345,7 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):  
 # Two runs, one folder
 
 
-def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(trained, capsys):  # noqa: F811
+def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(trained, capsys):
     lock = trained / "lock"
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     lock.write_text(json.dumps({"pid": sleeper.pid, "host": socket.gethostname()}))
@@ -399,7 +400,7 @@ def test_two_ranks_killed_end_with_the_same_bits(tmp_path):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def test_poisoned_weights_are_refused_with_the_layers_name(place):  # noqa: F811
+def test_poisoned_weights_are_refused_with_the_layers_name(place):
     model = random_model("gateresnet20", 2)
     model.layer1[0].bn1.bias.data[2] = float("nan")
     save_checkpoint("poisoned.pth", model)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, random_batch, random_model
-from test_data import make_folder
+from runs import COMMON, files, make_folder, run_gfbs, run_train, same_weights, snapshot
 
 import gfbs_cifar
 import train
@@ -24,51 +24,6 @@ from utils.pruning import PruningPlan
 from utils.surgery import prune
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working folder with images in ``images``; scripts write below it."""
-    make_folder(tmp_path / "images", images=9, size=(16, 16))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-COMMON = [
-    "--net",
-    "gateresnet20",
-    "--dataset",
-    "folder",
-    "--data_dir",
-    "images",
-    "--image_size",
-    "16",
-    "--device",
-    "cpu",
-]
-
-
-def run_train(*argv):
-    return train.main(train.parse_args([*COMMON, "--bs", "8", "--epochs", "2", *argv]))
-
-
-def run_gfbs(*argv):
-    return gfbs_cifar.main(gfbs_cifar.parse_args([*COMMON, "--bs", "8", "--epochs", "1", *argv]))
-
-
-@pytest.fixture
-def trained(place):
-    run_train()
-    return place / "checkpoints" / "gateresnet20_folder"
-
-
-def files(folder):
-    return {path.name for path in folder.iterdir() if path.is_file()}
-
-
-def same_weights(a, b):
-    a, b = load_model(a).state_dict(), load_model(b).state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_train_then_prune_with_no_step_by_hand(trained, capsys):
@@ -222,10 +177,6 @@ def test_bad_flags_end_with_one_line_and_code_2(script, argv, message, capsys):
         script.parse_args(argv)
     shown = capsys.readouterr().err
     assert left.value.code == 2 and message in shown and shown.count("\n") == 1
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def bad_inputs(place):
