@@ -51,7 +51,7 @@ def kill_at_random_moments(commands: list[list[str]], cwd: Path, kills: int, see
     stream, killed = random.Random(seed), 0
     output = Path(commands[0][commands[0].index("--output") + 1])
     for k, command in enumerate(commands):
-        left = kills // 4 if k == 0 else kills - killed
+        left = kills // 4 if k < len(commands) - 1 else kills - killed
         while True:
             running = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
             if left:
