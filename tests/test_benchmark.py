@@ -6,8 +6,7 @@ import json
 from itertools import count
 
 import pytest
-import torch
-from conftest import random_batch, random_model
+from conftest import CPU, random_batch, random_model
 from runs import make_folder
 
 from tools.benchmark import __main__ as benchmark
@@ -45,7 +44,7 @@ def test_contenders_run_in_turn_and_ratios_are_those_of_their_times(monkeypatch)
         return timing.Contender(name, work, prepare)
 
     contenders = [contender("a", 4.0, 6.0, 5.0), contender("b", 2.0, 1.0, 4.0)]
-    comparison = timing.compare("title", contenders, 10, 3, torch.device("cpu"))
+    comparison = timing.Stopwatch(CPU.device, 3).compare("title", contenders, 10)
     assert [name for name, _ in calls] == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert [prepared for _, prepared in calls] == list(range(8))
     assert comparison.seconds == {"a": [4, 6, 5], "b": [2, 1, 4]}
@@ -76,8 +75,10 @@ def test_train(tmp_path):
 
 
 def test_prune():
-    (comparison,) = run("prune", *TINY)
+    (comparison,) = run("prune", *TINY, "--profile")
     assert [c["name"] for c in comparison["contenders"]][1:] == ["ours", "torch-pruning"]
+    shares = comparison["profiles"]["ours"]
+    assert shares["aten::convolution_backward"] > 0 and sum(shares.values()) <= 1.01
 
 
 def test_infer(tmp_path):

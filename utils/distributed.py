@@ -169,40 +169,14 @@ def select_runtime(
     for an acceleration that the device does not have.
     """
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if visible or gpus else "mps" if has_mps else "cpu"
-    if gpus and device != "cuda":
-        raise InputError(f"--gpu needs --device cuda, not {device}")
-    absent = [gpu for gpu in gpus or () if gpu >= visible]
-    if absent:
-        raise InputError(
-            f"--gpu {','.join(map(str, absent))}: torch sees {visible} GPUs here;"
-            " leave the flag out to use what there is"
-        )
-    if device == "cuda" and not visible:
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
-    if device == "mps" and not has_mps:
-        raise InputError("--device mps: not available on this machine; use --device cpu")
-    if sync_bn and device != "cuda":
-        raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
-
-    if acceleration.amp == "fp16" and device != "cuda":
-        raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
-
-    use = tuple(gpus or range(visible)) if device == "cuda" else ()
-    compiler = os.environ.get("CXX", "g++")
-    if acceleration.compile and device == "cpu" and not shutil.which(compiler):
-        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if sync_bn and ranks == 1:
-        raise InputError("--sync_bn is for several ranks: start the script with torchrun")
+    if device == "auto":
+        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if visible or gpus else accelerator
+    _check_device(device, gpus, visible)
+    use = tuple(gpus or range(visible)) if device == "cuda" else ()
+    _check_options(device, use, ranks, sync_bn, acceleration)
     if ranks == 1:
-        if len(use) > 1 and (acceleration.amp or acceleration.compile):
-            raise InputError(
-                "--amp and --compile take one GPU a process: start the script with torchrun,"
-                " or name one with --gpu"
-            )
         here = torch.device("cuda", use[0]) if use else torch.device(device)
         return Runtime(here, use, acceleration=acceleration)
     if "LOCAL_RANK" not in os.environ:
@@ -217,6 +191,42 @@ def select_runtime(
         dist.init_process_group("cpu:gloo,cuda:nccl" if use else "gloo")
     place = dist.get_rank(), dist.get_world_size()
     return Runtime(here, use[local : local + 1], *place, sync_bn, acceleration)
+
+
+def _check_device(device: str, gpus: Sequence[int] | None, visible: int) -> None:
+    """Raise InputError for a device or a GPU id that is not there."""
+    if gpus and device != "cuda":
+        raise InputError(f"--gpu needs --device cuda, not {device}")
+    absent = [gpu for gpu in gpus or () if gpu >= visible]
+    if absent:
+        raise InputError(
+            f"--gpu {','.join(map(str, absent))}: torch sees {visible} GPUs here;"
+            " leave the flag out to use what there is"
+        )
+    if device == "cuda" and not visible:
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available on this machine; use --device cpu")
+
+
+def _check_options(
+    device: str, gpus: Sequence[int], ranks: int, sync_bn: bool, acceleration: Acceleration
+) -> None:
+    """Raise InputError for what the device, or the number of ranks, does not have."""
+    if sync_bn and device != "cuda":
+        raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
+    if sync_bn and ranks == 1:
+        raise InputError("--sync_bn is for several ranks: start the script with torchrun")
+    if acceleration.amp == "fp16" and device != "cuda":
+        raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
+    compiler = os.environ.get("CXX", "g++")
+    if acceleration.compile and device == "cpu" and not shutil.which(compiler):
+        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there")
+    if ranks == 1 and len(gpus) > 1 and (acceleration.amp or acceleration.compile):
+        raise InputError(
+            "--amp and --compile take one GPU a process: start the script with torchrun,"
+            " or name one with --gpu"
+        )
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

@@ -3,7 +3,7 @@
     python -m tools.benchmark data --folder my_images/train
     python -m tools.benchmark train --net gatevgg16
     python -m tools.benchmark prune --net resnet50 --bs 32
-    python -m tools.benchmark infer --checkpoint checkpoints/gatevgg16 --p 0.5 --round_to 8
+    python -m tools.benchmark infer --net gatevgg16 --p 0.5 --round_to 8
     python -m tools.benchmark scale --net gateresnet56
 
 Every table gives the median of the rounds, and how many times as fast as its first line the others
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tools.benchmark import data, infer, prune, scale, train
+from tools.benchmark.timing import Stopwatch
 from utils import flags
 from utils.cli import Parser, count, run_script
 from utils.distributed import select_runtime
@@ -42,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flags.add_device_flags(question)
         add = question.add_argument_group("measurement").add_argument
         add("--rounds", type=count, default=7, metavar="N", help="how often each contender runs")
+        add("--profile", action="store_true", help="look at what the time is spent on, too")
         add("--json", metavar="FILE", help="write every single time there, too")
     return parser.parse_args(argv)
 
@@ -50,8 +52,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what FILE says."""
     runtime = select_runtime(args.device, args.gpu)
     print(f"{runtime}; {args.rounds} rounds", flush=True)
-    comparisons = []
-    for comparison in QUESTIONS[args.question].compare_all(args, runtime):
+    watch, comparisons = Stopwatch(runtime.device, args.rounds, args.profile), []
+    for comparison in QUESTIONS[args.question].compare_all(args, runtime, watch):
         comparisons.append(comparison.as_dict())
         print(f"\n{comparison}", flush=True)
     result = {

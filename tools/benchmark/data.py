@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import noise
 from utils.batches import Batches
 from utils.cli import count
@@ -34,10 +34,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--folder", metavar="DIR", help="large images, in DIR/<class>/")
 
 
-def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
-    yield _small(args, runtime)
+def compare_all(
+    args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
+) -> Iterator[Comparison]:
+    yield _small(args, runtime, watch)
     if args.folder:
-        yield _large(args, runtime)
+        yield _large(args, runtime, watch)
 
 
 class PilImages(Dataset):
@@ -54,21 +56,21 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
 
 
-def _small(args: argparse.Namespace, runtime: Runtime) -> Comparison:
+def _small(args: argparse.Namespace, runtime: Runtime, watch: Stopwatch) -> Comparison:
     images = noise(args.images, 32)
     crop = transforms.RandomCrop(32, padding=4)
     usual = PilImages(images, _usual(crop, CIFAR10_NORMALISATION))
     ours = Batches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
-    return _compare("small images", usual, ours, args, runtime)
+    return _compare("small images", usual, ours, args, watch)
 
 
-def _large(args: argparse.Namespace, runtime: Runtime) -> Comparison:
+def _large(args: argparse.Namespace, runtime: Runtime, watch: Stopwatch) -> Comparison:
     crop = transforms.RandomResizedCrop(224)
     usual = ImageFolder(args.folder, _usual(crop, IMAGENET_NORMALISATION))
     samples, _ = list_images(Path(args.folder))
     ours = FolderBatches(samples, args.bs, Crops(), runtime, workers=args.workers, augment=True)
     try:
-        return _compare("large images", usual, ours, args, runtime)
+        return _compare("large images", usual, ours, args, watch)
     finally:
         ours.close()
 
@@ -81,9 +83,9 @@ def _usual(crop: Any, normalisation: Normalisation) -> transforms.Compose:
 
 
 def _compare(
-    title: str, usual: Dataset, ours: Any, args: argparse.Namespace, runtime: Runtime
+    title: str, usual: Dataset, ours: Any, args: argparse.Namespace, watch: Stopwatch
 ) -> Comparison:
-    device = runtime.device
+    device = watch.device
     # Workers stay, as ours do, so that starting them is not on the clock.
     loader = DataLoader(
         usual, args.bs, shuffle=True, num_workers=args.workers, persistent_workers=True,
@@ -102,7 +104,7 @@ def _compare(
         Contender(f"PIL one by one, {args.workers} workers", lambda _: _exhaust(on_device())),
         Contender("ours", lambda _: _exhaust(our_epoch())),
     ]
-    return compare(title, contenders, ours.images, args.rounds, device)
+    return watch.compare(title, contenders, ours.images)
 
 
 def _exhaust(batches: Iterable[Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models import GatedModel
-from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import add_workload_flags, fresh_model, image_size, noise_batch
 from tools.export import to_pt2
 from utils.checkpoint import load_model
@@ -41,7 +41,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--pruned", metavar="FILE", help="the same network pruned; goes with --checkpoint")
 
 
-def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
+def compare_all(
+    args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
+) -> Iterator[Comparison]:
     unpruned, pruned = (model.eval() for model in _networks(args, runtime))
     size = image_size(args)
     costs = [model_cost(model, size) for model in (unpruned, pruned)]
@@ -59,7 +61,7 @@ def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparis
             for name, network in networks.items()
         ]
         title = f"{unpruned.net}, batch {batch}"
-        comparison = compare(title, contenders, times * batch, args.rounds, runtime.device)
+        comparison = watch.compare(title, contenders, times * batch)
         fewer = costs[0].macs / costs[1].macs
         faster, *_ = comparison.speed("pruned, exported", "unpruned, exported")
         comparison.facts |= {

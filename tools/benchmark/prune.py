@@ -11,17 +11,15 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import profile
 
 from models import Gate, GatedModel
-from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.timing import Comparison, Contender, Stopwatch, quiet_profile
 from tools.benchmark.workload import add_workload_flags, fresh_model, noise_batch
 from utils.cli import ratio
 from utils.distributed import Runtime
@@ -35,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p", type=ratio, default=0.5, metavar="RATIO", help="how much is cut")
 
 
-def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
+def compare_all(
+    args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
+) -> Iterator[Comparison]:
     images, labels = noise_batch(args, runtime)
     model = fresh_model(args.net).to(runtime.device)
     ways = {
@@ -53,7 +53,7 @@ def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparis
 
     contenders = [Contender(name, run, copies_of(sources[name])) for name, run in ways.items()]
     title = f"{args.net}, batch {args.bs}"
-    comparison = compare(title, contenders, args.bs, args.rounds, runtime.device)
+    comparison = watch.compare(title, contenders, args.bs)
     for name, run in ways.items():
         peak = peak_bytes(run, copy.deepcopy(sources[name]))
         comparison.facts[f"peak memory, MB, {name}"] = round(peak / 1e6, 1)
@@ -92,8 +92,7 @@ def without_gates(model: GatedModel) -> nn.Module:
 
 def peak_bytes(run: Callable[[nn.Module], None], model: nn.Module) -> int:
     """The most that was allocated at any moment of a run, by torch's own allocator."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks a lot
-    with profile(profile_memory=True) as watched:
+    with quiet_profile(profile_memory=True) as watched:
         run(model)
     with tempfile.TemporaryDirectory() as folder:
         watched.export_chrome_trace(str(file := Path(folder) / "trace.json"))

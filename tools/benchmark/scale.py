@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.train import OurLoop
 from tools.benchmark.workload import add_workload_flags, noise_batches
 from utils.cli import count
@@ -33,14 +33,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=count, default=5, metavar="N", help="batches a round")
 
 
-def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
+def compare_all(
+    args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
+) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "comparison"
-        mp.spawn(_rank, (args, _free_port(), file), RANKS)
+        mp.spawn(_rank, (args, watch, _free_port(), file), RANKS)
         yield torch.load(file, weights_only=False)
 
 
-def _rank(rank: int, args: argparse.Namespace, port: int, file: Path) -> None:
+def _rank(rank: int, args: argparse.Namespace, watch: Stopwatch, port: int, file: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ |= {k: str(v) for k, v in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -65,7 +67,8 @@ def _rank(rank: int, args: argparse.Namespace, port: int, file: Path) -> None:
         contenders.append(Contender("1 rank, 2 threads", partial(by_first, one, 2)))
     contenders.append(Contender(f"{RANKS} ranks", loop(together), dist.barrier))
     title, images = f"{args.net}, batch {args.bs}", args.batches * args.bs
-    comparison = compare(title, contenders, images, args.rounds, together.device)
+    watch = replace(watch, device=together.device)
+    comparison = watch.compare(title, contenders, images)
     if together.is_main:
         torch.save(comparison, file)
     leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import profile, supported_activities
+
+PROFILED = 10  # operators shown
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Comparison:
         images: that one run goes through.
         seconds: round by round, by contender; the first is the reference of all ratios.
         facts: counted or computed beside, to be shown and kept.
+        profiles: shares of a run's time by operator, by contender.
     """
 
     title: str
     images: int
     seconds: dict[str, list[float]]
     facts: dict[str, Any] = field(default_factory=dict)
+    profiles: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -64,7 +70,7 @@ class Comparison:
             })  # fmt: skip
         return {
             "title": self.title, "images": self.images, "contenders": contenders,
-            "facts": self.facts,
+            "facts": self.facts, "profiles": self.profiles,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -78,36 +84,68 @@ class Comparison:
                 f"  ({lowest:.2f}, {highest:.2f})"
             )
         lines += [f"{name}: {value}" for name, value in self.facts.items()]
+        for name, shares in self.profiles.items():
+            lines += ["", f"{name}, share of the time:"]
+            lines += [f"  {share:6.1%}  {operator}" for operator, share in shares.items()]
         return "\n".join(lines)
 
 
-def compare(
-    title: str, contenders: Sequence[Contender], images: int, rounds: int, device: torch.device
-) -> Comparison:
-    """Run all contenders once off the clock, and then in every round, each beginning with another.
+@dataclass(frozen=True)
+class Stopwatch:
+    """Runs contenders in turn.
 
-    What shares a machine with others is disturbed; in turn, all are disturbed alike.
+    Attributes:
+        device: where they compute.
+        rounds: how often each of them runs on the clock.
+        profile: whether to look, in one run more, at what the time is spent on.
     """
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for contender in contenders:
-        _time(contender, device)
-    for first in range(rounds):
-        first %= len(contenders)
-        for contender in [*contenders[first:], *contenders[:first]]:
-            seconds[contender.name].append(_time(contender, device))
-    return Comparison(title, images, seconds)
+
+    device: torch.device
+    rounds: int
+    profile: bool = False
+
+    def compare(self, title: str, contenders: Sequence[Contender], images: int) -> Comparison:
+        """Run all contenders once off the clock, and then in every round, each beginning with
+        another: what shares a machine with others is disturbed; in turn, all are disturbed alike.
+        """
+        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        for contender in contenders:
+            self._time(contender)
+        for first in range(self.rounds):
+            first %= len(contenders)
+            for contender in [*contenders[first:], *contenders[:first]]:
+                seconds[contender.name].append(self._time(contender))
+        comparison = Comparison(title, images, seconds)
+        for contender in contenders if self.profile else ():
+            with quiet_profile(activities=supported_activities()) as watched:
+                self._time(contender)
+            comparison.profiles[contender.name] = _shares(watched)
+        return comparison
+
+    def _time(self, contender: Contender) -> float:
+        prepared = contender.prepare()
+        self._wait()
+        began = time.perf_counter()
+        contender.run(prepared)
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        """Until a GPU has done what it was asked for."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
-def _time(contender: Contender, device: torch.device) -> float:
-    prepared = contender.prepare()
-    _wait(device)
-    began = time.perf_counter()
-    contender.run(prepared)
-    _wait(device)
-    return time.perf_counter() - began
+def quiet_profile(**options: Any) -> profile:
+    """torch's profiler, without what it tells the terminal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(**options)
 
 
-def _wait(device: torch.device) -> None:
-    """Until a GPU has done what it was asked for."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _shares(watched: profile) -> dict[str, float]:
+    """Share of the time that each operator itself takes, the longest first, without the small."""
+    events = watched.key_averages()
+    times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in events}
+    total = sum(times.values())
+    ordered = sorted(times.items(), key=lambda item: -item[1])[:PROFILED]
+    return {name: round(time / total, 3) for name, time in ordered}

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
-from tools.benchmark.timing import Comparison, Contender, compare
+from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import add_workload_flags, fresh_model, noise_batches
 from utils.acceleration import Acceleration
 from utils.batches import Batches
@@ -39,7 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_compile", action="store_true", help="leave the compiled ones out")
 
 
-def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparison]:
+def compare_all(
+    args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
+) -> Iterator[Comparison]:
     batches = noise_batches(args, args.batches, runtime)
     contenders = [Contender("plain loop", PlainLoop(args.net, batches, runtime))]
     for name, acceleration in ACCELERATIONS.items():
@@ -47,7 +49,7 @@ def compare_all(args: argparse.Namespace, runtime: Runtime) -> Iterator[Comparis
             loop = OurLoop(args.net, batches, replace(runtime, acceleration=acceleration))
             contenders.append(Contender(name, loop))
     title = f"{args.net}, batch {args.bs}"
-    yield compare(title, contenders, batches.images, args.rounds, runtime.device)
+    yield watch.compare(title, contenders, batches.images)
 
 
 class PlainLoop:
