@@ -25,11 +25,11 @@ from utils.tally import Tally
 # With the flags of train.py that ask for it.
 ACCELERATIONS = {
     "ours": Acceleration(),
-    "--fused": Acceleration(fused=True),
     "--channels_last": Acceleration(channels_last=True),
-    "--channels_last --compile": Acceleration(channels_last=True, compile=True),
+    "--channels_last --compile --fused": Acceleration(None, True, True, True),
     "--amp bf16 --channels_last": Acceleration("bf16", channels_last=True),
     "--amp bf16 --channels_last --compile": Acceleration("bf16", True, True),
+    "--amp bf16 --channels_last --compile --fused": Acceleration("bf16", True, True, True),
 }
 
 
