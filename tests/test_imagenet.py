@@ -19,10 +19,17 @@ import gfbs_imagenet
 import prepare_torch_imagenet_models as prepare
 from models import build_model
 from tools.memory import saved_bytes
+from utils.batches import random_stream
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.cost import model_cost
 from utils.errors import InputError
-from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches, check_head
+from utils.image_folders import (
+    IMAGENET_NORMALISATION,
+    Crops,
+    FolderBatches,
+    FolderImages,
+    check_head,
+)
 from utils.saliency import channel_saliency
 from utils.surgery import prune
 from utils.tracker import Tracker
@@ -174,6 +181,20 @@ def test_order_and_augmentation_do_not_depend_on_the_workers(place):
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(first, next(epochs(0))[0][alone[0][1].argsort()])
     assert sorted(alone[0][1].tolist()) == list(range(12))
+
+
+def test_training_crops_are_torchvisions(place):
+    images = torch.randint(256, (8, 3, 60, 80), dtype=torch.uint8)
+    for i, image in enumerate(images):
+        functional.to_pil_image(image).save(f"{i}.png")
+    dataset = FolderImages([(f"{i}.png", i) for i in range(8)], Crops(24).training(), True, seed=7)
+    usual = torchvision.transforms.v2
+    usual = usual.Compose([usual.RandomResizedCrop(24), usual.RandomHorizontalFlip()])
+    for i, image in enumerate(images):
+        with torch.random.fork_rng([]):
+            torch.default_generator.set_state(random_stream(7, 2, i).get_state())
+            expected = usual(image)
+        assert torch.equal(dataset[2, i][0], expected)
 
 
 def test_evaluation_crops_are_torchvisions(place):

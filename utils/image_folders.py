@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
@@ -46,13 +47,27 @@ class Crops:
             return cls(size, meta["resize"])
         return cls(size, round(size * 256 / 224))
 
-    def training(self) -> Callable[[Tensor], Tensor]:
-        crop = transforms.RandomResizedCrop(self.size, antialias=True)
+    def training(self) -> Callable[[Image.Image], Tensor]:
+        crop = _RandomResizedCrop(self.size, antialias=True)
         return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
 
-    def evaluation(self) -> Callable[[Tensor], Tensor]:
+    def evaluation(self) -> Callable[[Image.Image], Tensor]:
         resize = transforms.Resize(self.resize, antialias=True)
-        return transforms.Compose([resize, transforms.CenterCrop(self.size)])
+        steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
+        return transforms.Compose(steps)
+
+
+class _RandomResizedCrop(transforms.RandomResizedCrop):
+    """The same pixels from an image that is no tensor yet: only what is cut out becomes one.
+
+    Tensors are resized faster than PIL images, but making one is a copy of all its pixels.
+    """
+
+    def transform(self, image: Image.Image, params: dict[str, Any]) -> Tensor:
+        left, top = params["left"], params["top"]
+        area = image.crop((left, top, left + params["width"], top + params["height"]))
+        pixels = functional.pil_to_tensor(area)
+        return functional.resize(pixels, self.size, self.interpolation, antialias=self.antialias)
 
 
 class FolderImages(Dataset):
@@ -68,7 +83,7 @@ class FolderImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         path, label = self.samples[index]
-        image = functional.pil_to_tensor(read_image(path))
+        image = read_image(path)
         if not self.augment:
             return self.transform(image), label
         with torch.random.fork_rng([]):
