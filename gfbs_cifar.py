@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flags.check_alias(parser, args)
     flags.check_stages(parser, args)
-    flags.check_resume(parser, args)
+    flags.check_overwrite(parser, args)
     flags.resolve_criterion(parser, args)
     flags.resolve_ratio(args)
     return args

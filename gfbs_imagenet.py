@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
     flags.check_stages(parser, args)
-    flags.check_resume(parser, args)
+    flags.check_overwrite(parser, args)
     flags.resolve_criterion(parser, args)
     flags.resolve_ratio(args)
     args.score_images = args.score_images or args.train_bs

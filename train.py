@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     flags.check_alias(parser, args)
-    flags.check_resume(parser, args)
+    flags.check_overwrite(parser, args)
     return args
 
 

@@ -13,6 +13,7 @@ from tools.benchmark import __main__ as benchmark
 from tools.benchmark import timing
 from tools.benchmark.prune import forward_backward, peak_bytes, score_select_cut
 from tools.benchmark.train import ACCELERATIONS
+from tools.benchmark.workload import without_gates
 from utils.checkpoint import save_checkpoint
 from utils.errors import InputError
 from utils.pruning import PruningPlan
@@ -22,7 +23,9 @@ TINY = ["--net", "gateresnet20", "--bs", "4", "--image_size", "8"]
 
 
 def run(*argv):
-    return benchmark.main(benchmark.parse_args([*argv, "--rounds", "2"]))["comparisons"]
+    return benchmark.main(benchmark.parse_args([*argv, "--rounds", "2", "--device", "cpu"]))[
+        "comparisons"
+    ]
 
 
 def test_contenders_run_in_turn_and_ratios_are_those_of_their_times(monkeypatch):
@@ -78,7 +81,7 @@ def test_prune():
     (comparison,) = run("prune", *TINY, "--profile")
     assert [c["name"] for c in comparison["contenders"]][1:] == ["ours", "torch-pruning"]
     shares = comparison["profiles"]["ours"]
-    assert shares["aten::convolution_backward"] > 0 and sum(shares.values()) <= 1.01
+    assert max(shares.values()) > 0.1 and sum(shares.values()) <= 1.01
 
 
 def test_infer(tmp_path):
@@ -95,8 +98,6 @@ def test_infer(tmp_path):
     assert facts["share of it that becomes time"] == pytest.approx(
         faster / facts["fewer multiply-adds, times"], abs=1e-3
     )
-    with pytest.raises(InputError, match="--checkpoint and --pruned go together"):
-        run("infer", *files[:2])
 
 
 def test_scale():
@@ -107,9 +108,30 @@ def test_scale():
 
 @pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20", "gatemobilenetv2", "gatedensenet40"])
 def test_pruning_takes_no_more_memory_than_the_pass(net):
-    """5 % more at most; on a network in which activations count as they do in real batches."""
+    """Activations weigh as in real batches; 5 % more would still be allowed."""
     images, labels = random_batch(16, 32)
-    bare = peak_bytes(lambda model: forward_backward(model, images, labels), random_model(net))
-    ours = peak_bytes(lambda model: score_select_cut(model, images, labels, 0.5), random_model(net))
-    activations = images.nbytes * 10
-    assert activations < bare and ours < 1.05 * bare
+    ways = {
+        "bare": (lambda model: forward_backward(model, images, labels), without_gates),
+        "ours": (lambda model: score_select_cut(model, images, labels, 0.5), lambda model: model),
+    }
+    peaks = {
+        name: peak_bytes(run, source(random_model(net)), CPU.device)
+        for name, (run, source) in ways.items()
+    }
+    assert 10 * images.nbytes < peaks["bare"] and peaks["ours"] < 1.05 * peaks["bare"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["data", "--folder", "nowhere"], "nowhere"),
+        (["train", "--net", "gatevgg16", "--image_size", "16"], "do not fit gatevgg16"),
+        (["prune", "--image_size", "8"], "do not fit gatevgg16"),
+        (["scale", "--bs", "3"], "--bs 3 does not divide by the 2 ranks"),
+        (["train", "--json", "nowhere/a.json"], "nowhere/a.json: cannot be written"),
+        (["infer", "--checkpoint", "a.pth"], "--checkpoint and --pruned go together"),
+    ],
+)
+def test_bad_input(argv, message):
+    with pytest.raises(InputError, match=message):
+        run(*argv)

@@ -30,7 +30,8 @@ def test_a_network_pruned_twice_rebuilds_itself(tmp_path, net):
     loaded = load_model(tmp_path / "pruned.pth")
     assert loaded.kept == model.kept
     images, _ = random_batch(2, 32 if net == "gatevgg11" else 16)
-    assert torch.equal(loaded.train()(images), model.train()(images))
+    for mode in (False, True):
+        assert torch.equal(loaded.train(mode)(images), model.train(mode)(images))
 
 
 @pytest.mark.parametrize("net, times", [("gatevgg11", 0), ("gateresnet20", 2)])

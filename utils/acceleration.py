@@ -1,4 +1,6 @@
-"""What makes training faster and changes its bits: mixed precision, memory layout, compilation."""
+"""What makes training faster and changes its bits: mixed precision, memory layout, compilation, a
+fused optimiser.
+"""
 
 from __future__ import annotations
 

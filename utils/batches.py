@@ -82,7 +82,7 @@ class Batches:
         self.rows = padded.flatten().unfold(0, self.size, 1)
         self.image_stride, plane, self.line, _ = padded.stride()
         first = plane * torch.arange(3)[:, None] + self.line * torch.arange(self.size)
-        self.first_rows = first.flatten()
+        self.first_rows = first.flatten().to(runtime.device)
         self.batch_size, self.normalisation, self.runtime = batch_size, normalisation, runtime
         self.augment, self.seed, self.limit = augment, seed, limit
         self.set_epoch(0)
@@ -91,31 +91,26 @@ class Batches:
         """Draw order and augmentation of an epoch, and begin it with a later batch."""
         self.first_batch = first_batch
         n, places = self.images, 2 * self.padding + 1
-        self.order = torch.arange(n)
-        self.places = torch.zeros(n, 2, dtype=torch.long)
-        self.flips = torch.zeros(n, dtype=torch.bool)
+        order = torch.arange(n)
+        corners, flips = torch.zeros(n, 2, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
         if self.augment:
             stream = random_stream(self.seed, epoch)
-            self.order = torch.randperm(n, generator=stream)
-            self.places = torch.randint(places, (n, 2), generator=stream)
-            self.flips = torch.rand(n, generator=stream) < 0.5
+            order = torch.randperm(n, generator=stream)
+            corners = torch.randint(places, (n, 2), generator=stream)
+            flips = torch.rand(n, generator=stream) < 0.5
+        # All at once, so that no batch waits for the device.
+        device = self.runtime.device
+        self.order, self.places, self.flips = order.to(device), corners.to(device), flips.to(device)
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        flips = self.flips[indices].int()
-        turned_first = flips.argsort(descending=True, stable=True)
-        images = self._crops(indices[turned_first])
-        turned = images[: int(flips.sum())]
-        turned.copy_(turned.flip(-1))
-        images = images.index_select(0, turned_first.argsort().to(images.device))
-        return self.normalisation.apply(images), self.labels[indices.to(self.labels.device)]
-
-    def _crops(self, indices: Tensor) -> Tensor:
-        """This epoch's crops (B, 3, S, S), uint8, of the images at ``indices``."""
+        indices = indices.to(self.runtime.device)
         down, right = self.places[indices].T
         corners = indices * self.image_stride + down * self.line + right
-        rows = (corners[:, None] + self.first_rows).flatten().to(self.rows.device)
-        return self.rows.index_select(0, rows).view(-1, 3, self.size, self.size)
+        rows = (corners[:, None] + self.first_rows).flatten()
+        images = self.rows.index_select(0, rows).view(-1, 3, self.size, self.size)
+        images = torch.where(self.flips[indices].view(-1, 1, 1, 1), images.flip(-1), images)
+        return self.normalisation.apply(images), self.labels[indices]
 
     def _shares(self) -> list[Tensor]:
         shares = split_batches(

@@ -60,7 +60,7 @@ def run_script(
     args = parse_args()
     signals = Signals()
     signals.install()
-    name = Path(sys.argv[0]).name
+    name = Path(program()[-1]).name
     try:
         main(args)
     except InputError as error:
@@ -78,6 +78,16 @@ def run_script(
         signals.restore()
         leave()
     return 0
+
+
+def program() -> list[str]:
+    """What stands behind "python" on the command line that started this process, but for the
+    arguments: a script, or ``-m`` and a module.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return [sys.argv[0]]
+    return ["-m", spec.name.removesuffix(".__main__")]
 
 
 def _say(code: int, line: str) -> int:

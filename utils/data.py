@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,14 @@ class Normalisation:
 
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
-        mean, std = (
-            torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (self.mean, self.std)
-        )
+        mean, std = (_of_bytes(values, images.device) for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std)
+
+
+@cache  # sending them along with every batch would wait for the device
+def _of_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value per channel, for pixels in [0, 255]."""
+    return torch.tensor(values, device=device).view(3, 1, 1) * 255
 
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

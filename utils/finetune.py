@@ -61,6 +61,8 @@ class Trainer:
         scheduler: to be stepped once after every epoch.
     """
 
+    _parts = ("optimizer", "scheduler", "scaler")
+
     def __init__(self, model: GatedModel, recipe: Recipe, runtime: Runtime):
         self.model, self.runtime = model, runtime
         self.network = runtime.for_training(model)
@@ -77,9 +79,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self._parts:
-            getattr(self, name).load_state_dict(state[name])
-
-    _parts = ("optimizer", "scheduler", "scaler")
+            getattr(self, name).load_state_dict(state.get(name, {}))  # older files have no scaler
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the optimiser; returns the logits and the mean loss before it."""

@@ -242,7 +242,7 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
-def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_overwrite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What is finished cannot both stay and be replaced."""
     if args.skip_finished and args.overwrite:
         parser.error("--skip_finished and --overwrite do not go together")

@@ -20,6 +20,7 @@ import torchvision
 from models.gate import GatedModel
 from utils.board import Board
 from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.cli import program
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
@@ -241,7 +242,7 @@ def _writable(place: Path, flag: str) -> Iterator[None]:
 
 def command_line() -> str:
     """The command that started this process."""
-    return shlex.join(["python", *sys.argv])
+    return shlex.join(["python", *program(), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -45,7 +45,7 @@ class Tally:
         best = logits.detach().topk(min(5, logits.shape[1])).indices
         hits = best == labels[:, None]
         loss = mean_loss.detach()
-        images = self.sums.new_tensor(len(labels))
+        images = self.sums.new_full((), len(labels))
         self.sums += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), images])
         bad = torch.where(torch.isfinite(loss), math.inf, float(batch))
         self.first_bad = torch.minimum(self.first_bad, bad)

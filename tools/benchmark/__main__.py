@@ -14,9 +14,12 @@ programs first; what a table says is about this machine.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,23 +53,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what FILE says."""
+    if args.json:
+        _check_writable(Path(args.json))
     runtime = select_runtime(args.device, args.gpu)
+    runtime = replace(runtime, gpus=runtime.gpus[:1])  # one against one
     print(f"{runtime}; {args.rounds} rounds", flush=True)
     watch, comparisons = Stopwatch(runtime.device, args.rounds, args.profile), []
     for comparison in QUESTIONS[args.question].compare_all(args, runtime, watch):
         comparisons.append(comparison.as_dict())
         print(f"\n{comparison}", flush=True)
     result = {
-        "command": command_line(), "versions": versions(), "machine": platform.machine(),
-        "device": str(runtime), "threads": torch.get_num_threads(),
+        "command": command_line(), "versions": versions(), "device": str(runtime),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "comparisons": comparisons,
     }  # fmt: skip
     if args.json:
-        try:
-            write_json(args.json, result)
-        except OSError as error:
-            raise InputError(f"--json {args.json}: cannot be written ({error})") from error
+        write_json(args.json, result)
     return result
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measurements, not after them."""
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise InputError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
 if __name__ == "__main__":

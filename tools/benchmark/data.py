@@ -21,7 +21,7 @@ from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import noise
 from utils.batches import Batches
 from utils.cli import count
-from utils.data import CIFAR10_NORMALISATION, ImageSet, Normalisation, list_images
+from utils.data import CIFAR10_NORMALISATION, ImageSamples, ImageSet, Normalisation, list_images
 from utils.distributed import Runtime
 from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches
 
@@ -37,9 +37,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def compare_all(
     args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
 ) -> Iterator[Comparison]:
+    samples = list_images(Path(args.folder))[0] if args.folder else []
     yield _small(args, runtime, watch)
-    if args.folder:
-        yield _large(args, runtime, watch)
+    if samples:
+        yield _large(args, samples, runtime, watch)
 
 
 class PilImages(Dataset):
@@ -64,10 +65,11 @@ def _small(args: argparse.Namespace, runtime: Runtime, watch: Stopwatch) -> Comp
     return _compare("small images", usual, ours, args, watch)
 
 
-def _large(args: argparse.Namespace, runtime: Runtime, watch: Stopwatch) -> Comparison:
+def _large(
+    args: argparse.Namespace, samples: ImageSamples, runtime: Runtime, watch: Stopwatch
+) -> Comparison:
     crop = transforms.RandomResizedCrop(224)
     usual = ImageFolder(args.folder, _usual(crop, IMAGENET_NORMALISATION))
-    samples, _ = list_images(Path(args.folder))
     ours = FolderBatches(samples, args.bs, Crops(), runtime, workers=args.workers, augment=True)
     try:
         return _compare("large images", usual, ours, args, watch)

@@ -19,7 +19,7 @@ from models import GatedModel
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import add_workload_flags, fresh_model, image_size, noise_batch
 from tools.export import to_pt2
-from utils.checkpoint import load_model
+from utils.checkpoint import load_checkpoint
 from utils.cli import count, ratio
 from utils.cost import model_cost
 from utils.deploy import deployable
@@ -44,9 +44,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def compare_all(
     args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
 ) -> Iterator[Comparison]:
-    unpruned, pruned = (model.eval() for model in _networks(args, runtime))
-    size = image_size(args)
-    costs = [model_cost(model, size) for model in (unpruned, pruned)]
+    unpruned, pruned, size = _networks(args, runtime)
+    before, after = (model_cost(model.eval(), size).macs for model in (unpruned, pruned))
     networks: dict[str, Callable[[Tensor], Tensor]] = {
         "unpruned": unpruned.to(runtime.device),
         "pruned": pruned.to(runtime.device),
@@ -54,45 +53,47 @@ def compare_all(
         "pruned, exported": _exported(pruned, size, runtime),
     }
     for batch in sorted({1, args.bs}):
-        images = noise_batch(argparse.Namespace(**{**vars(args), "bs": batch}), runtime)[0]
+        images, _ = noise_batch(batch, size, runtime)
         times = max(1, FEW // batch)
         contenders = [
             Contender(name, partial(_run, network, images, times))
             for name, network in networks.items()
         ]
-        title = f"{unpruned.net}, batch {batch}"
-        comparison = watch.compare(title, contenders, times * batch)
-        fewer = costs[0].macs / costs[1].macs
-        faster, *_ = comparison.speed("pruned, exported", "unpruned, exported")
-        comparison.facts |= {
-            "multiply-adds, M": f"{costs[0].macs / 1e6:.1f} -> {costs[1].macs / 1e6:.1f}",
-            "milliseconds a batch, pruned and exported": round(
-                1000 * comparison.median("pruned, exported") / times, 2
+        comparison = watch.compare(f"{unpruned.net}, batch {batch}", contenders, times * batch)
+        faster = comparison.speed("pruned, exported", "unpruned, exported")
+        comparison.facts = {
+            "milliseconds a batch": ", ".join(
+                f"{name} {1000 * comparison.median(name) / times:.2f}" for name in networks
             ),
-            "fewer multiply-adds, times": round(fewer, 3),
-            "faster, exported against exported, times": round(faster, 3),
-            "share of it that becomes time": round(faster / fewer, 3),
-            "exported against not exported, pruned, times": round(
-                comparison.speed("pruned, exported", "pruned")[0], 3
+            "multiply-adds, M": f"{before / 1e6:.1f} -> {after / 1e6:.1f}",
+            "fewer multiply-adds, times": round(before / after, 3),
+            "faster, exported against exported, times": comparison.speed_text(
+                "pruned, exported", "unpruned, exported"
+            ),
+            "share of it that becomes time": round(faster[0] / (before / after), 3),
+            "exported against not exported, pruned, times": comparison.speed_text(
+                "pruned, exported", "pruned"
             ),
         }
         yield comparison
 
 
-def _networks(args: argparse.Namespace, runtime: Runtime) -> tuple[GatedModel, GatedModel]:
+def _networks(args: argparse.Namespace, runtime: Runtime) -> tuple[GatedModel, GatedModel, int]:
+    """Before and after, and the size of the images."""
     if bool(args.checkpoint) != bool(args.pruned):
         raise InputError("--checkpoint and --pruned go together: the same network before and after")
     if args.checkpoint:
-        unpruned, pruned = load_model(args.checkpoint), load_model(args.pruned)
-        if unpruned.net != pruned.net:
-            raise InputError(f"{args.pruned} is a {pruned.net}, {args.checkpoint} a {unpruned.net}")
-        args.net = unpruned.net
-        return unpruned, pruned
-    model = fresh_model(args.net).to(runtime.device)
-    saliency = channel_saliency(model, *noise_batch(args, runtime))
+        whole, pruned = load_checkpoint(args.checkpoint), load_checkpoint(args.pruned)
+        nets = whole.model.net, pruned.model.net
+        if nets[0] != nets[1]:
+            raise InputError(f"{args.pruned} is a {nets[1]}, {args.checkpoint} a {nets[0]}")
+        args.net, args.image_size = nets[0], args.image_size or whole.meta.get("image_size")
+        return whole.model, pruned.model, image_size(args)
+    size, model = image_size(args), fresh_model(args.net).to(runtime.device)
+    saliency = channel_saliency(model, *noise_batch(args.bs, size, runtime))
     groups = model.channel_groups()
     plan = select_channels(groups, saliency, args.p, round_to=args.round_to)
-    return model, prune(copy.deepcopy(model), plan)
+    return model, prune(copy.deepcopy(model), plan), size
 
 
 def _exported(model: GatedModel, size: int, runtime: Runtime) -> Callable[[Tensor], Tensor]:

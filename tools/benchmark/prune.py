@@ -1,26 +1,36 @@
 """What it costs to score, select and cut, against one bare forward and backward of the same batch.
 
 Beside it torch-pruning (requirements-dev.txt), which does the same job by tracing: dependency
-graph, Taylor importance, prune. Speeds below 1 cost more than the bare pass. Memory is the most
-that was allocated at any moment on top of the network and the batch.
+graph, Taylor importance, prune. It and the bare pass run the network without gates. Speeds below
+1 cost more than the bare pass. Memory is the most that was allocated at any moment on top of the
+network and the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import Gate, GatedModel
+from models import GatedModel
 from tools.benchmark.timing import Comparison, Contender, Stopwatch, quiet_profile
-from tools.benchmark.workload import add_workload_flags, fresh_model, noise_batch
+from tools.benchmark.workload import (
+    add_workload_flags,
+    fresh_model,
+    image_size,
+    noise_batch,
+    without_gates,
+)
 from utils.cli import ratio
 from utils.distributed import Runtime
 from utils.pruning import select_channels
@@ -36,26 +46,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def compare_all(
     args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
 ) -> Iterator[Comparison]:
-    images, labels = noise_batch(args, runtime)
+    images, labels = noise_batch(args.bs, image_size(args), runtime)
     model = fresh_model(args.net).to(runtime.device)
+    bare = without_gates(model)
     ways = {
-        "forward and backward": lambda model: forward_backward(model, images, labels),
-        "ours": lambda model: score_select_cut(model, images, labels, args.p),
+        "forward and backward": (bare, lambda model: forward_backward(model, images, labels)),
+        "ours": (model, lambda model: score_select_cut(model, images, labels, args.p)),
+        "torch-pruning": (bare, lambda model: with_torch_pruning(model, images, labels, args.p)),
     }
-    sources = dict.fromkeys(ways, model)
-    if importlib.util.find_spec("torch_pruning"):
-        name = "torch-pruning"
-        ways[name] = lambda model: with_torch_pruning(model, images, labels, args.p)
-        sources[name] = without_gates(model)
-
-    def copies_of(source: nn.Module) -> Callable[[], nn.Module]:
-        return lambda: copy.deepcopy(source)
-
-    contenders = [Contender(name, run, copies_of(sources[name])) for name, run in ways.items()]
-    title = f"{args.net}, batch {args.bs}"
-    comparison = watch.compare(title, contenders, args.bs)
-    for name, run in ways.items():
-        peak = peak_bytes(run, copy.deepcopy(sources[name]))
+    if importlib.util.find_spec("torch_pruning") is None:
+        print("torch-pruning is not installed, and left out; see requirements-dev.txt")
+        del ways["torch-pruning"]
+    contenders = [
+        Contender(name, run, partial(copy.deepcopy, source)) for name, (source, run) in ways.items()
+    ]
+    comparison = watch.compare(f"{args.net}, batch {args.bs}", contenders, args.bs)
+    for name, (source, run) in ways.items():
+        peak = peak_bytes(run, copy.deepcopy(source), runtime.device)
         comparison.facts[f"peak memory, MB, {name}"] = round(peak / 1e6, 1)
     yield comparison
 
@@ -81,29 +88,28 @@ def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: floa
     pruner.step()
 
 
-def without_gates(model: GatedModel) -> nn.Module:
-    """What other libraries can trace."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Gate):
-            model.set_submodule(name, nn.Identity())
-    return model
-
-
-def peak_bytes(run: Callable[[nn.Module], None], model: nn.Module) -> int:
-    """The most that was allocated at any moment of a run, by torch's own allocator."""
+def peak_bytes(run: Callable[[nn.Module], None], model: nn.Module, device: torch.device) -> int:
+    """The most that was allocated at any moment of a run, on top of what there was before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(model)
+        return torch.cuda.max_memory_allocated(device) - before
     with quiet_profile(profile_memory=True) as watched:
         run(model)
     with tempfile.TemporaryDirectory() as folder:
         watched.export_chrome_trace(str(file := Path(folder) / "trace.json"))
         events = json.loads(file.read_text())["traceEvents"]
-    changes = [
-        event["args"]["Bytes"]
-        for event in sorted(events, key=lambda event: event.get("ts", 0))
-        if event["name"] == "[memory]"
-    ]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    alive: dict[int, int] = {}
     total = peak = 0
-    for change in changes:
-        total += change
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        address, size = change["args"]["Addr"], change["args"]["Bytes"]
+        if size < 0:  # what was there before the run does not count when it goes
+            size = -alive.pop(address, 0)
+        else:
+            alive[address] = size
+        total += size
         peak = max(peak, total)
     return peak

@@ -21,9 +21,10 @@ import torch.multiprocessing as mp
 
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.train import OurLoop
-from tools.benchmark.workload import add_workload_flags, noise_batches
+from tools.benchmark.workload import add_workload_flags, image_size, noise_batches
 from utils.cli import count
 from utils.distributed import Runtime, leave, select_runtime
+from utils.errors import InputError
 
 RANKS = 2
 
@@ -36,13 +37,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def compare_all(
     args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
 ) -> Iterator[Comparison]:
+    if args.bs % RANKS:
+        raise InputError(f"--bs {args.bs} does not divide by the {RANKS} ranks")
+    if runtime.device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"ranks compute on CPUs or CUDA, not on {runtime.device.type}; --device cpu"
+        )
+    if runtime.device.type == "cuda" and torch.cuda.device_count() < RANKS:
+        raise InputError(f"{RANKS} ranks need {RANKS} GPUs; --device cpu does without")
+    size = image_size(args)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "comparison"
-        mp.spawn(_rank, (args, watch, _free_port(), file), RANKS)
+        mp.spawn(_rank, (args, size, watch, _free_port(), file), RANKS)
         yield torch.load(file, weights_only=False)
 
 
-def _rank(rank: int, args: argparse.Namespace, watch: Stopwatch, port: int, file: Path) -> None:
+def _rank(
+    rank: int, args: argparse.Namespace, size: int, watch: Stopwatch, port: int, file: Path
+) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ |= {k: str(v) for k, v in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -52,7 +64,7 @@ def _rank(rank: int, args: argparse.Namespace, watch: Stopwatch, port: int, file
     cpu = together.device.type == "cpu"
 
     def loop(runtime: Runtime) -> OurLoop:
-        return OurLoop(args.net, noise_batches(args, args.batches, runtime), runtime)
+        return OurLoop(args.net, noise_batches(args.batches, args.bs, size, runtime), runtime)
 
     def by_first(train: OurLoop, threads: int, _: None) -> None:
         if together.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import profile, supported_activities
 
 PROFILED = 10  # operators shown
@@ -50,6 +52,10 @@ class Comparison:
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
+
+    def speed_text(self, name: str, reference: str | None = None) -> str:
+        """For people."""
+        return "{:.2f} ({:.2f}, {:.2f})".format(*self.speed(name, reference))
 
     def speed(self, name: str, reference: str | None = None) -> tuple[float, float, float]:
         """How many times as fast as the reference: the ratio of the medians, and the lowest and
@@ -117,13 +123,16 @@ class Stopwatch:
                 seconds[contender.name].append(self._time(contender))
         comparison = Comparison(title, images, seconds)
         for contender in contenders if self.profile else ():
+            prepared = contender.prepare()
             with quiet_profile(activities=supported_activities()) as watched:
-                self._time(contender)
-            comparison.profiles[contender.name] = _shares(watched)
+                contender.run(prepared)
+                self._wait()
+            comparison.profiles[contender.name] = self._shares(watched)
         return comparison
 
     def _time(self, contender: Contender) -> float:
         prepared = contender.prepare()
+        gc.collect()  # what others left behind is not on this one's clock
         self._wait()
         began = time.perf_counter()
         contender.run(prepared)
@@ -135,17 +144,19 @@ class Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
+    def _shares(self, watched: profile) -> dict[str, float]:
+        """Share of the time that each operator itself takes, on a GPU that of its kernels; the
+        longest first, without the small.
+        """
+        operators = [e for e in watched.key_averages() if e.device_type == DeviceType.CPU]
+        kind = "cpu" if self.device.type == "cpu" else "device"
+        times = {e.key: getattr(e, f"self_{kind}_time_total") for e in operators}
+        total = max(sum(times.values()), 1e-9)
+        ordered = sorted(times.items(), key=lambda item: -item[1])[:PROFILED]
+        return {name: round(time / total, 3) for name, time in ordered}
+
 
 def quiet_profile(**options: Any) -> profile:
     """torch's profiler, without what it tells the terminal."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     return profile(**options)
-
-
-def _shares(watched: profile) -> dict[str, float]:
-    """Share of the time that each operator itself takes, the longest first, without the small."""
-    events = watched.key_averages()
-    times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in events}
-    total = sum(times.values())
-    ordered = sorted(times.items(), key=lambda item: -item[1])[:PROFILED]
-    return {name: round(time / total, 3) for name, time in ordered}

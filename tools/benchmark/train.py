@@ -1,7 +1,7 @@
 """How many images a second train: our loop against a plain one, eager, in float32.
 
-The plain loop runs the network as it is and asks for the loss and the hits of every batch. All go
-through the same batches, crops and flips of noise that is in memory.
+The plain loop runs the network without gates and asks for the loss and the hits of every batch. All
+go through the same batches, crops and flips of noise that is in memory.
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
+from models.gate import folded_gates
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
-from tools.benchmark.workload import add_workload_flags, fresh_model, noise_batches
+from tools.benchmark.workload import (
+    add_workload_flags,
+    fresh_model,
+    image_size,
+    noise_batches,
+    without_gates,
+)
 from utils.acceleration import Acceleration
 from utils.batches import Batches
 from utils.cli import count
-from utils.distributed import Runtime
+from utils.distributed import Runtime, select_runtime
 from utils.finetune import Trainer
 from utils.recipes import CIFAR_BASELINE
 from utils.tally import Tally
 
-# With the flags of train.py that ask for it.
-ACCELERATIONS = {
+LAID_OUT = Acceleration(channels_last=True)
+MIXED = replace(LAID_OUT, amp="bf16")
+ACCELERATIONS = {  # by the flags of train.py that ask for it
     "ours": Acceleration(),
-    "--channels_last": Acceleration(channels_last=True),
-    "--channels_last --compile --fused": Acceleration(None, True, True, True),
-    "--amp bf16 --channels_last": Acceleration("bf16", channels_last=True),
-    "--amp bf16 --channels_last --compile": Acceleration("bf16", True, True),
-    "--amp bf16 --channels_last --compile --fused": Acceleration("bf16", True, True, True),
+    "--channels_last": LAID_OUT,
+    "--channels_last --compile --fused": replace(LAID_OUT, compile=True, fused=True),
+    "--amp bf16 --channels_last": MIXED,
+    "--amp bf16 --channels_last --compile": replace(MIXED, compile=True),
+    "--amp bf16 --channels_last --compile --fused": replace(MIXED, compile=True, fused=True),
 }
 
 
@@ -42,21 +50,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def compare_all(
     args: argparse.Namespace, runtime: Runtime, watch: Stopwatch
 ) -> Iterator[Comparison]:
-    batches = noise_batches(args, args.batches, runtime)
+    batches = noise_batches(args.batches, args.bs, image_size(args), runtime)
     contenders = [Contender("plain loop", PlainLoop(args.net, batches, runtime))]
     for name, acceleration in ACCELERATIONS.items():
         if not (acceleration.compile and args.no_compile):
-            loop = OurLoop(args.net, batches, replace(runtime, acceleration=acceleration))
-            contenders.append(Contender(name, loop))
-    title = f"{args.net}, batch {args.bs}"
-    yield watch.compare(title, contenders, batches.images)
+            here = select_runtime(runtime.device.type, runtime.gpus, acceleration=acceleration)
+            contenders.append(Contender(name, OurLoop(args.net, batches, here)))
+    yield watch.compare(f"{args.net}, batch {args.bs}", contenders, batches.images)
 
 
 class PlainLoop:
     """What one writes without a second thought."""
 
     def __init__(self, net: str, batches: Batches, runtime: Runtime):
-        self.model, self.batches = fresh_model(net).to(runtime.device), batches
+        self.model, self.batches = without_gates(fresh_model(net)).to(runtime.device), batches
         self.optimizer = CIFAR_BASELINE.optimizer(self.model)
 
     def __call__(self, _: None) -> tuple[float, int]:
@@ -74,7 +81,7 @@ class PlainLoop:
 
 
 class OurLoop:
-    """``utils.finetune``, an epoch a round."""
+    """That of ``utils.finetune``, an epoch a round, without its progress bar."""
 
     def __init__(self, net: str, batches: Batches, runtime: Runtime):
         self.trainer = Trainer(fresh_model(net), CIFAR_BASELINE, runtime)
@@ -82,6 +89,9 @@ class OurLoop:
 
     def __call__(self, _: None) -> Tally:
         tally = Tally(self.runtime)
-        for _ in self.trainer.train(self.batches, tally, "benchmark"):
-            pass
+        self.trainer.network.train()
+        with folded_gates(self.trainer.model):
+            for images, labels in self.batches:
+                logits, loss = self.trainer.step(images, labels)
+                tally.add(logits, labels, loss)
         return tally

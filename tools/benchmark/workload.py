@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import NETWORKS, GatedModel, build_model
+from models import NETWORKS, Gate, GatedModel, build_model
 from utils.batches import Batches
 from utils.cli import count, network
+from utils.cost import model_cost
 from utils.data import CIFAR10_NORMALISATION, ImageSet
 from utils.distributed import Runtime
 from utils.flags import IMAGENET_NETWORKS
@@ -25,13 +27,25 @@ def add_workload_flags(parser: argparse.ArgumentParser, batch: int, net: str) ->
 
 
 def image_size(args: argparse.Namespace) -> int:
-    return args.image_size or (224 if args.net in IMAGENET_NETWORKS else 32)
+    """Side of the images; InputError where they are too small for the network."""
+    size = args.image_size or (224 if args.net in IMAGENET_NETWORKS else 32)
+    model_cost(build_model(args.net), size)
+    return size
 
 
 def fresh_model(net: str) -> GatedModel:
     """The same weights every time."""
     torch.manual_seed(0)
     return build_model(net)
+
+
+def without_gates(model: GatedModel) -> GatedModel:
+    """A copy of the network as anybody else would have written it."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Gate):
+            model.set_submodule(name, nn.Identity())
+    return model
 
 
 def noise(count: int, size: int) -> ImageSet:
@@ -41,12 +55,12 @@ def noise(count: int, size: int) -> ImageSet:
     return ImageSet(images, torch.arange(count) % 10)
 
 
-def noise_batches(args: argparse.Namespace, batches: int, runtime: Runtime) -> Batches:
+def noise_batches(batches: int, batch: int, size: int, runtime: Runtime) -> Batches:
     """Training batches of noise, augmented."""
-    images = noise(batches * args.bs, image_size(args))
-    return Batches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
+    images = noise(batches * batch, size)
+    return Batches(images, batch, CIFAR10_NORMALISATION, runtime, augment=True)
 
 
-def noise_batch(args: argparse.Namespace, runtime: Runtime) -> tuple[Tensor, Tensor]:
+def noise_batch(batch: int, size: int, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """One batch, on the device."""
-    return next(iter(noise_batches(args, 1, runtime)))
+    return next(iter(noise_batches(1, batch, size, runtime)))
