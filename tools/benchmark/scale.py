@@ -40,9 +40,7 @@ def compare_all(
     if args.bs % RANKS:
         raise InputError(f"--bs {args.bs} does not divide by the {RANKS} ranks")
     if runtime.device.type not in ("cpu", "cuda"):
-        raise InputError(
-            f"ranks compute on CPUs or CUDA, not on {runtime.device.type}; --device cpu"
-        )
+        raise InputError(f"ranks compute on the CPU or CUDA, not {runtime.device}; --device cpu")
     if runtime.device.type == "cuda" and torch.cuda.device_count() < RANKS:
         raise InputError(f"{RANKS} ranks need {RANKS} GPUs; --device cpu does without")
     size = image_size(args)
