@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import noise
 from utils.batches import Batches
-from utils.cli import count
+from utils.cli import count, count_or_zero
 from utils.data import CIFAR10_NORMALISATION, ImageSamples, ImageSet, Normalisation, list_images
 from utils.distributed import Runtime
 from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches
@@ -30,7 +30,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=count, default=20000, metavar="N", help="small images an epoch")
     add("--bs", type=count, default=128, metavar="N", help="images in a batch")
-    add("--workers", type=count, default=2, metavar="N", help="processes of every DataLoader")
+    add(
+        "--workers",
+        type=count_or_zero,
+        default=2,
+        metavar="N",
+        help="processes of every DataLoader; 0 for none, to profile what they do",
+    )
     add("--folder", metavar="DIR", help="large images, in DIR/<class>/")
 
 
@@ -90,7 +96,7 @@ def _compare(
     device = watch.device
     # Workers stay, as ours do, so that starting them is not on the clock.
     loader = DataLoader(
-        usual, args.bs, shuffle=True, num_workers=args.workers, persistent_workers=True,
+        usual, args.bs, shuffle=True, num_workers=args.workers, persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda", drop_last=False,
     )  # fmt: skip
 
@@ -103,7 +109,7 @@ def _compare(
         return ours
 
     contenders = [
-        Contender(f"PIL one by one, {args.workers} workers", lambda _: _exhaust(on_device())),
+        Contender("PIL one by one", lambda _: _exhaust(on_device())),
         Contender("ours", lambda _: _exhaust(our_epoch())),
     ]
     return watch.compare(title, contenders, ours.images)
