@@ -19,7 +19,7 @@ from utils.batches import image_batches
 from utils.data import load_data
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
-from utils.finetune import evaluate, fit
+from utils.finetune import Trainer, evaluate, fit
 from utils.recipes import Recipe
 from utils.tracker import Tracker
 
@@ -128,6 +128,30 @@ def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):
     assert len(result["history"]) == 2
     name = "gateresnet20_folder/gfbs_p0.5_seed1/last.pth"
     assert same_weights(f"whole/{name}", f"broken/{name}")
+
+
+def test_the_optimiser_is_fused_where_asked_for():
+    def fused(acceleration):
+        optimizer = Trainer(fresh_resnet(), RECIPE, runtime_with(acceleration)).optimizer
+        return optimizer.param_groups[0]["fused"]
+
+    assert fused(Acceleration(fused=True)) and not fused(Acceleration())
+
+
+def test_the_scale_of_the_loss_is_part_of_the_state():
+    """It doubles, and halves where float16 overflows; a run that goes on must not begin anew."""
+    runtime, (train, _) = runtime_with(Acceleration("fp16")), batches(limit=3)
+    first = Trainer(fresh_resnet(), RECIPE, runtime)
+    first.scaler.set_growth_interval(1)
+    begun = first.scaler.get_scale()
+    for batch in train:
+        first.step(*batch)
+    assert first.scaler.get_scale() != begun
+    second = Trainer(copy.deepcopy(first.model), RECIPE, runtime)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.scaler.get_scale() == first.scaler.get_scale()
+    for batch in train:
+        assert torch.equal(first.step(*batch)[1], second.step(*batch)[1])
 
 
 def test_what_the_device_has_not_is_refused(monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import CPU, random_model
 from runs import make_folder
 from torch import nn
 
@@ -90,13 +90,15 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
 
 def test_bad_input_ends_every_rank_with_its_line(place):
     argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth"]
-    uneven = launch(2, "gfbs_cifar", place, *argv, "--bs", "7")
-    assert uneven.returncode != 0
-    assert "--bs 7 does not divide by the 2 ranks" in uneven.stderr
     (place / "checkpoints").write_text("a file where the folder should go")
     blocked = launch(2, "gfbs_cifar", place, *argv)  # only rank 0 finds this out
     assert blocked.returncode != 0
     assert blocked.stderr.count("cannot be written") == 2
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(InputError, match="--bs 7 does not divide by the 2 ranks"):
+        Runtime(CPU.device, world_size=2).share(7, "--bs")
 
 
 def test_a_rank_that_dies_ends_the_job(place):
