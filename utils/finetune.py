@@ -98,9 +98,8 @@ class Trainer:
         Raises RunError, naming ``where`` and the batch, where the loss is not finite.
         """
         self.network.train()
-        title = where.partition(" at ")[0]
         with folded_gates(self.model):
-            for number, batch in enumerate(progress(batches, title, tally), start=done + 1):
+            for number, batch in enumerate(batches, start=done + 1):
                 logits, loss = self.step(*batch)
                 tally.add(logits, batch[1], loss, number)
                 if number % CHECK_EVERY == 0:
@@ -198,10 +197,11 @@ def fit(
     for epoch in range(start, recipe.epochs):
         train.set_epoch(first_epoch + epoch, batch)
         lr, began = trainer.lr, time.perf_counter()
-        where = f"epoch {epoch + 1}/{recipe.epochs} at learning rate {lr:g}"
+        title = f"epoch {epoch + 1}/{recipe.epochs}"
+        where = f"{title} at learning rate {lr:g}"
         tally = Tally(runtime, sums)
         done = batch
-        for done in trainer.train(train, tally, where, batch):
+        for done in trainer.train(progress(train, title, tally), tally, where, batch):
             watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
         trainer.check_weights(where)
         trained, seconds = tally.metrics(), time.perf_counter() - began

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
-from tools.benchmark.workload import noise
+from tools.benchmark.workload import exhaust, noise
 from utils.batches import Batches
 from utils.cli import count, count_or_zero
 from utils.data import CIFAR10_NORMALISATION, ImageSamples, ImageSet, Normalisation, list_images
@@ -97,7 +97,7 @@ def _compare(
     # Workers stay, as ours do, so that starting them is not on the clock.
     loader = DataLoader(
         usual, args.bs, shuffle=True, num_workers=args.workers, persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda", drop_last=False,
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
 
     def on_device() -> Iterator[Any]:
@@ -109,12 +109,7 @@ def _compare(
         return ours
 
     contenders = [
-        Contender("PIL one by one", lambda _: _exhaust(on_device())),
-        Contender("ours", lambda _: _exhaust(our_epoch())),
+        Contender("PIL one by one", lambda _: exhaust(on_device())),
+        Contender("ours", lambda _: exhaust(our_epoch())),
     ]
     return watch.compare(title, contenders, ours.images)
-
-
-def _exhaust(batches: Iterable[Any]) -> None:
-    for _ in batches:
-        pass

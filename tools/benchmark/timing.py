@@ -54,7 +54,7 @@ class Comparison:
         return statistics.median(self.seconds[name])
 
     def speed_text(self, name: str, reference: str | None = None) -> str:
-        """For people."""
+        """``speed`` as text: the ratio (lowest, highest)."""
         return "{:.2f} ({:.2f}, {:.2f})".format(*self.speed(name, reference))
 
     def speed(self, name: str, reference: str | None = None) -> tuple[float, float, float]:

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
-from models.gate import folded_gates
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import (
     add_workload_flags,
+    exhaust,
     fresh_model,
     image_size,
     noise_batches,
@@ -89,9 +89,5 @@ class OurLoop:
 
     def __call__(self, _: None) -> Tally:
         tally = Tally(self.runtime)
-        self.trainer.network.train()
-        with folded_gates(self.trainer.model):
-            for images, labels in self.batches:
-                logits, loss = self.trainer.step(images, labels)
-                tally.add(logits, labels, loss)
+        exhaust(self.trainer.train(self.batches, tally, "the benchmark"))
         return tally

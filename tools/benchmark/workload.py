@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +66,9 @@ def noise_batches(batches: int, batch: int, size: int, runtime: Runtime) -> Batc
 def noise_batch(batch: int, size: int, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """One batch, on the device."""
     return next(iter(noise_batches(1, batch, size, runtime)))
+
+
+def exhaust(batches: Iterable[Any]) -> None:
+    """Go through all there is."""
+    for _ in batches:
+        pass
