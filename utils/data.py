@@ -39,7 +39,18 @@ class Normalisation:
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
         mean, std = (_of_bytes(values, images.device) for values in (self.mean, self.std))
-        return images.float().sub_(mean).div_(std)
+        return _floats(images).sub_(mean).div_(std)
+
+
+def _floats(images: Tensor) -> Tensor:
+    """A copy as float32.
+
+    On the CPU in memory of numpy's, which asks the system for huge pages: more than half of the
+    time that normalising a batch of large images takes would go to page faults.
+    """
+    if images.device.type != "cpu":
+        return images.float()
+    return torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
 
 
 @cache  # sending them along with every batch would wait for the device
@@ -240,7 +251,8 @@ def read_image(path: str) -> Image.Image:
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         advice = "repair it or take it out of the folder"
         raise InputError(f"{path}: cannot be read as an image ({error}); {advice}") from None

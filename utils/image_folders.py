@@ -11,12 +11,14 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
@@ -48,8 +50,7 @@ class Crops:
         return cls(size, round(size * 256 / 224))
 
     def training(self) -> Callable[[Image.Image], Tensor]:
-        crop = _RandomResizedCrop(self.size, antialias=True)
-        return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+        return partial(_random_crop, size=self.size)
 
     def evaluation(self) -> Callable[[Image.Image], Tensor]:
         resize = transforms.Resize(self.resize, antialias=True)
@@ -57,17 +58,16 @@ class Crops:
         return transforms.Compose(steps)
 
 
-class _RandomResizedCrop(transforms.RandomResizedCrop):
-    """The same pixels from an image that is no tensor yet: only what is cut out becomes one.
+def _random_crop(image: Image.Image, size: int) -> Tensor:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip, to the pixel.
 
-    Tensors are resized faster than PIL images, but making one is a copy of all its pixels.
+    Tensors are resized faster than PIL images, but making one is a copy of all its pixels: only
+    what is cut out becomes one.
     """
-
-    def transform(self, image: Image.Image, params: dict[str, Any]) -> Tensor:
-        left, top = params["left"], params["top"]
-        area = image.crop((left, top, left + params["width"], top + params["height"]))
-        pixels = functional.pil_to_tensor(area)
-        return functional.resize(pixels, self.size, self.interpolation, antialias=self.antialias)
+    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
+    area = image.crop((left, top, left + width, top + height))
+    pixels = functional.resize(functional.pil_to_tensor(area), [size, size], antialias=True)
+    return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
 
 class FolderImages(Dataset):
