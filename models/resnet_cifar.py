@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import selector
 from models.gate import Gate
 from models.residual import ResidualBlock, ResidualModel
 
@@ -36,10 +37,10 @@ class PadShortcut(nn.Module):
         self.register_buffer("source", source, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, 1)
-        )  # one channel of zeros, at index C_in
-        return x.index_select(1, self.source % (self.in_channels + 1))  # -1 becomes C_in
+        x = F.avg_pool2d(x, 1, self.stride)  # every second pixel; slices forget the memory format
+        x = F.pad(x, (0, 0, 0, 0, 0, 1))  # one channel of zeros, at index C_in
+        source = self.source % (self.in_channels + 1)  # -1 becomes C_in
+        return selector.take_channels(x, source)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {len(self.source)}, stride={self.stride}"

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.fx.wrap  # one operation to who traces, as its choice follows from the tensor
+def take_channels(x: Tensor, index: Tensor) -> Tensor:
+    """Channels ``index`` of ``x`` in its memory format, which ``index_select`` forgets there and
+    on the way back; from there on, all that meets other tensors would be several times slower.
+
+    Shape: (B, C, H, W) and (K,) -> (B, K, H, W)
+    """
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.index_select(1, index)
+    return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
+
+
 class ChannelSelector(nn.Module):
     """Let some channels through: all of them at no cost, fewer by one ``index_select``.
 
@@ -37,7 +49,7 @@ class ChannelSelector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.channels) == self.in_channels:
             return x
-        return x.index_select(1, self.index)
+        return take_channels(x, self.index)
 
     def extra_repr(self) -> str:
         return f"{len(self.channels)} of {self.in_channels}"

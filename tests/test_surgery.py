@@ -191,6 +191,22 @@ def test_selector_follows_any_subsets():
     assert selector(narrow) is narrow
 
 
+def test_memory_formats_last_there_and_back():
+    selector = ChannelSelector(4)
+    keep_outputs(selector, torch.tensor([0, 1, 3]))
+    x = torch.randn(2, 4, 6, 6)
+    for layer in (PadShortcut(4, 8, stride=2), selector):
+        made = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            leaf = x.clone(memory_format=layout).requires_grad_()
+            out = layer(leaf)
+            (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+            assert out.is_contiguous(memory_format=layout), layer
+            assert leaf.grad.is_contiguous(memory_format=layout), layer
+            made.append((out, leaf.grad))
+        assert all(torch.equal(*both) for both in zip(*made, strict=True)), layer
+
+
 def test_selector_knows_its_channels_where_tensors_have_no_values():
     selector = ChannelSelector(6).to("meta")
     keep_outputs(selector, torch.tensor([1, 4, 5]))
