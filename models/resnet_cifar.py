@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import selector
+from models import selector  # the module, through which torch.fx wraps its function
 from models.gate import Gate
 from models.residual import ResidualBlock, ResidualModel
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from kill import final_weights, kill_at_random_moments, pipeline, run_pipeline
 from runs import files, run_gfbs, run_train, same_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -382,27 +380,15 @@ def test_a_lock_is_held_by_one(tmp_path):
 # Kill -9
 
 
-def test_killed_three_times_it_ends_with_the_same_bits(tmp_path):
-    """The same as ``make kill``, with fewer kills."""
-    run_pipeline(pipeline(tmp_path / "whole"), tmp_path)
-    kills = kill_at_random_moments(pipeline(tmp_path / "killed"), tmp_path, kills=3, seed=0)
-    assert kills == 3
-    whole, killed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
-    assert whole.keys() == killed.keys() and len(whole) > 3
-    for name in whole:
-        assert torch.equal(whole[name], killed[name]), name
-
-
-def test_two_ranks_killed_end_with_the_same_bits(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--")
-    baseline, _ = pipeline(tmp_path / "whole")
-    run_pipeline([baseline], tmp_path)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (_, once), (_, often) = (pipeline(tmp_path / name, torchrun) for name in ("whole", "killed"))
-    run_pipeline([once], tmp_path)
-    assert kill_at_random_moments([often], tmp_path, kills=1, seed=1) == 1
-    whole, killed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+@pytest.mark.parametrize("kills, ranks", [(3, 1), (1, 2)])
+def test_killed_it_ends_with_the_same_bits(kills, ranks):
+    """The same as ``make kill``, with fewer kills, and on two ranks."""
+    flags = ["--kills", str(kills), "--ranks", str(ranks), "--seed", "0"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kill.py", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"killed {kills} times (seed 0): the same bits" in done.stdout
 
 
 def test_poisoned_weights_are_refused_with_the_layers_name(place):
