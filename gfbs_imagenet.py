@@ -5,7 +5,8 @@
 
 Prunes CHECKPOINT/<net>/model_best.pth, as prepare_torch_imagenet_models.py leaves it; DATA_DIR has
 train/<class>/ and val/<class>/. Writes plan.json, pruned.pth (right after surgery), model_best.pth,
-last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>.
+last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, whose name
+goes on with every setting that is not at its default.
 """
 
 from __future__ import annotations
@@ -20,17 +21,30 @@ from typing import Any
 from utils import flags
 from utils.cli import Parser, run_script
 from utils.cost import model_cost
-from utils.data import hold_out, list_folders
+from utils.data import (
+    choose_normalisation,
+    class_digest,
+    data_identity,
+    fingerprint,
+    hold_out,
+    list_folders,
+)
 from utils.distributed import seed_everything, select_runtime
 from utils.experiment import (
     Experiment,
     check_budget,
     load_baseline,
 )
-from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
+from utils.image_folders import (
+    IMAGENET_NORMALISATION,
+    Crops,
+    FolderBatches,
+    check_head,
+    folder_metadata,
+)
 from utils.recipes import IMAGENET_RECIPES
 from utils.report import result_table
-from utils.resume import finished_result, load_last
+from utils.resume import existing_run
 from utils.run import Run
 
 
@@ -41,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.4, score_images=None)
     flags.add_folder_flags(parser)
+    flags.add_normalisation_flags(parser)
     flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, IMAGENET_RECIPES.one_shot, least_epochs=0)
     flags.add_imagenet_training_flags(parser)
@@ -50,9 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
     flags.check_stages(parser, args)
+    flags.check_schedule(parser, args)
+    flags.check_normalisation(parser, args)
     flags.check_overwrite(parser, args)
     flags.resolve_criterion(parser, args)
     flags.resolve_ratio(args)
+    args.defaults["score_images"] = args.train_bs
     args.score_images = args.score_images or args.train_bs
     return args
 
@@ -62,11 +80,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
+    flags.resolve_floor(args, max(baseline.model.group_widths().values()))
     name = f"{args.net}/{flags.run_name(args)}"
-    folder, logdir = Path(args.output) / name, Path(args.logdir) / name
-    digest = baseline.digest  # of the weights as they come, before any new head
-    config = flags.configuration(args, baseline=digest)
-    done = args.skip_finished and finished_result(folder, config, runtime)
+    folder, logdir = Path(args.output) / name, flags.logdir(args) / name
+    config = flags.configuration(args, baseline.digest)  # of the weights before any new head
+    done = runtime.on_main(lambda: existing_run(
+        folder, config, lambda: data_identity("imagenet", args.data_dir, ("val",)),
+        resume=args.resume, overwrite=args.overwrite,
+    ))  # fmt: skip
     if done:
         return done
     train_images, val_images, classes = list_folders(Path(args.data_dir), ("val",))
@@ -79,16 +100,25 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     check_budget(baseline.model, args, args.image_size)
     recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
 
-    config = flags.configuration(args, classes, digest)
-    last = load_last(folder, args.net, config, runtime) if args.resume else None
+    config |= runtime.on_main(lambda: {
+        "classes": class_digest(classes),
+        "data": fingerprint(Path(args.data_dir), train_images, val_images),
+    })  # fmt: skip
     trained, held = hold_out(train_images, args.holdout)
-    with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
+    normalisation, constants = choose_normalisation(
+        flags.normalisation(args), baseline.meta, IMAGENET_NORMALISATION
+    )
+    with Run(
+        folder, logdir, config, runtime,
+        net=args.net, resume=args.resume, overwrite=args.overwrite,
+    ) as run:  # fmt: skip
+        run.log(constants)
         crops = Crops.for_baseline(args.image_size, baseline.meta)
         with ExitStack() as stack:
             train, val, holdout = (
                 stack.enter_context(closing(FolderBatches(
                     images, args.train_bs, crops, runtime, workers=args.workers, limit=limit,
-                    augment=images is trained, seed=args.seed,
+                    augment=images is trained, seed=args.seed, normalisation=normalisation,
                 ))) if images else None
                 for images, limit in (
                     (trained, args.limit_train_batches),
@@ -96,12 +126,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     (held, args.limit_val_batches),
                 )
             )  # fmt: skip
-            meta = folder_metadata(crops, baseline.meta.get("source"), classes)
+            source = baseline.meta.get("source")
+            meta = folder_metadata(crops, normalisation, source, classes)
             experiment = Experiment(
                 run, runtime, train, val, args.image_size, meta,
                 holdout=holdout, recalibrate=args.recalibrate,
             )  # fmt: skip
-            result = experiment.prune_and_fine_tune(baseline, args, recipes, last)
+            result = experiment.prune_and_fine_tune(baseline, args, recipes, run.last)
         run.log("\n" + result_table(result) + "\n")
         return run.save_result(result)
 

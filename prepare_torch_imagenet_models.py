@@ -27,7 +27,7 @@ from models import GatedModel, build_model
 from utils import flags
 from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
 from utils.cli import Parser, run_script
-from utils.data import list_images
+from utils.data import Normalisation, choose_normalisation, list_images
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.finetune import evaluate
@@ -38,8 +38,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_imagenet_network_flag(parser)
     flags.add_conversion_flags(parser)
+    flags.add_normalisation_flags(parser)
     flags.add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    flags.check_normalisation(parser, args)
+    return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,7 +50,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu)
     runtime.share(args.batch_size, "--batch_size")
     weights = find_weights(args.net, args.weights)
-    crops = Crops(weights.transforms().crop_size[0], weights.transforms().resize_size[0])
+    usual = weights.transforms()
+    crops = Crops(usual.crop_size[0], usual.resize_size[0])
+    normalisation, constants = choose_normalisation(
+        flags.normalisation(args), {}, Normalisation(tuple(usual.mean), tuple(usual.std))
+    )
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
 
     state = runtime.main_first(
@@ -58,15 +65,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
     if val:
         check_head(Checkpoint(model, {}), val[1], f"--data_dir {args.data_dir}")
+    report(runtime, constants)
     if args.save:
+        about = folder_metadata(crops, normalisation, source)
         path = Path(args.output) / args.net / "model_best.pth"
-        runtime.on_main(lambda: save(path, model, args.overwrite, folder_metadata(crops, source)))
+        runtime.on_main(lambda: save(path, model, args.overwrite, about))
         report(runtime, f"saved {path}")
     if not val:
         return {}
 
     batches = FolderBatches(
-        val[0], args.batch_size, crops, runtime, workers=args.workers, limit=args.limit_val_batches
+        val[0],
+        args.batch_size,
+        crops,
+        runtime,
+        workers=args.workers,
+        limit=args.limit_val_batches,
+        normalisation=normalisation,
     )
     with closing(batches):
         measured = evaluate(model, batches, runtime)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from typing import Any
 from models import build_model
 from utils import flags
 from utils.batches import image_batches
-from utils.checkpoint import Checkpoint
 from utils.cli import Parser, run_script
 from utils.cost import model_cost
-from utils.data import load_data
+from utils.data import TEST_FOLDERS, class_digest, data_identity, load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
-from utils.resume import check_same_run, finished_result, load_last, load_resumable
+from utils.resume import existing_run
 from utils.run import Run
 from utils.training import Training, training_stage
 
@@ -37,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
     flags.add_data_flags(parser)
+    flags.add_normalisation_flags(parser)
     flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, CIFAR_BASELINE, least_epochs=1)
     flags.add_cifar_training_flags(parser)
@@ -50,7 +50,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     flags.check_alias(parser, args)
+    flags.check_normalisation(parser, args)
     flags.check_overwrite(parser, args)
+    if args.checkpoint and args.overwrite:
+        parser.error("--checkpoint continues a run and does not go with --overwrite")
     return args
 
 
@@ -59,33 +62,38 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
     runtime.share(args.bs, "--bs")
     network = flags.network_folder(args)
-    folder, logdir = Path(args.output) / network, Path(args.logdir) / network
-    done = args.skip_finished and finished_result(folder, flags.configuration(args), runtime)
+    folder, logdir = Path(args.output) / network, flags.logdir(args) / network
+    checkpoint = find_named(Path(args.checkpoint), folder) if args.checkpoint else None
+    config = flags.configuration(args)
+    done = runtime.on_main(lambda: existing_run(
+        folder, config, lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS),
+        resume=args.resume or checkpoint is not None, overwrite=args.overwrite,
+    ))  # fmt: skip
     if done:
         return done
     data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
-    config = flags.configuration(args, data.classes)
+    data, constants = data.normalised(flags.normalisation(args), {})
+    config["classes"] = class_digest(data.classes)
+    config |= runtime.on_main(lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS))
     seed_everything(args.seed, args.deterministic)
     try:
         model = build_model(args.net, len(data.classes))
     except ValueError as error:  # an alias of 100 classes, another number of folders
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
-    last = None
-    if args.checkpoint:
-        last = load_named(Path(args.checkpoint), folder, args.net, config)
-    elif args.resume:
-        last = load_last(folder, args.net, config, runtime)
-    if last:
-        model.load_state_dict(last.model.state_dict())
-
     train, test, holdout = image_batches(
         data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-    with Run(folder, logdir, config, runtime, overwrite=args.overwrite, last=last) as run:
+    with Run(
+        folder, logdir, config, runtime,
+        net=args.net, resume=args.resume, overwrite=args.overwrite, checkpoint=checkpoint,
+    ) as run:  # fmt: skip
+        if run.last:
+            model.load_state_dict(run.last.model.state_dict())
         run.log(f"{args.net} on {args.dataset}: {train.images} training images,"
                 f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
+        run.log(constants)
         cosine = CIFAR_COSINE if args.cosine else None
         recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, cosine)
         meta = data.metadata(args.dataset)
@@ -94,7 +102,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             run.only_now = ("--checkpoint", args.checkpoint)
             run.adopt(Path(args.checkpoint), "model_best.pth")
         every = args.checkpoint_every
-        tracker = training.fine_tune(model, [training_stage(recipe)], every=every, last=last)
+        tracker = training.fine_tune(model, [training_stage(recipe)], every=every, last=run.last)
 
         accuracies = training.accuracies(tracker)
         accuracy = accuracies["accuracy"]
@@ -109,7 +117,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
 
 
-def load_named(path: Path, folder: Path, net: str, config: Mapping[str, Any]) -> Checkpoint:
+def find_named(path: Path, folder: Path) -> Path:
     """What --checkpoint names: a last.pth, or the folder of one."""
     path = path / "last.pth" if path.is_dir() else path
     own = folder / "last.pth"
@@ -117,7 +125,7 @@ def load_named(path: Path, folder: Path, net: str, config: Mapping[str, Any]) ->
         raise InputError(
             f"--checkpoint {path}: {own} is there already; continue that with --resume"
         )
-    return check_same_run(load_resumable(path, net), config)
+    return path
 
 
 if __name__ == "__main__":

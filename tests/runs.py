@@ -36,6 +36,12 @@ def run_gfbs(*argv):
     return gfbs_cifar.main(gfbs_cifar.parse_args([*COMMON, "--bs", "8", "--epochs", "1", *argv]))
 
 
+def one_run(folder, name):
+    """The folder of the only run whose name begins so; settings that are not usual follow."""
+    (run,) = Path(folder).glob(f"{name}*")
+    return run
+
+
 def files(folder):
     return {path.name for path in folder.iterdir() if path.is_file()}
 

@@ -68,7 +68,7 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     done = launch(2, script, place, *argv, "--output", "2")
     assert done.returncode == 0, done.stderr
     for ranks in (1, 2):
-        (run,) = (place / str(ranks)).glob("*/gfbs_p0.4_seed1")
+        (run,) = (place / str(ranks)).glob("*/gfbs_p0.4_seed1*")
         results[ranks] = (
             json.loads((run / "result.json").read_text()),
             (run / "plan.json").read_text(),

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import CPU
-from runs import run_gfbs, run_train, same_weights, snapshot
+from runs import one_run, run_gfbs, run_train, same_weights, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gfbs_cifar
@@ -43,7 +43,7 @@ def test_rounds_take_equal_shares_of_the_original_entries(trained):
         assert wanted <= kept <= wanted + 3 * 64  # the cut may move on past coupled channels
     assert len(result["rounds"]) == 3
     assert [epoch["stage"] for epoch in result["history"]] == [1, 1, 2, 2, 3, 3, 4]
-    run = trained / "gfbs_p0.6_steps3_seed1"
+    run = one_run(trained, "gfbs_p0.6_steps3_seed1")
     last, plan = (
         load_model(run / "last.pth"),
         PruningPlan.from_json((run / "plan.json").read_text()),
@@ -73,8 +73,8 @@ def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypa
 def test_one_round_without_fine_tuning_is_the_one_shot(trained):
     run_gfbs("--p", "0.5")
     run_gfbs("--p", "0.5", "--steps", "1", "--step_epochs", "0")
-    assert same_weights(trained / "gfbs_p0.5_seed1/last.pth",
-                        trained / "gfbs_p0.5_steps1_seed1/last.pth")  # fmt: skip
+    assert same_weights(one_run(trained, "gfbs_p0.5_seed1") / "last.pth",
+                        one_run(trained, "gfbs_p0.5_steps1_seed1") / "last.pth")  # fmt: skip
 
 
 def test_rounds_towards_a_budget(trained):
@@ -90,7 +90,7 @@ def test_rounds_towards_a_budget(trained):
 @pytest.mark.parametrize("of", ["macs", "params"])
 def test_a_budget_is_kept_and_reported(trained, of, capsys):
     result = run_gfbs(f"--{of}", "0.5", "--epochs", "0")
-    pruned = load_model(trained / f"gfbs_{of}0.5_seed1" / "pruned.pth")
+    pruned = load_model(one_run(trained, f"gfbs_{of}0.5_seed1") / "pruned.pth")
     baseline = load_model(trained / "model_best.pth")
     reached = getattr(model_cost(pruned, 16), of) / getattr(model_cost(baseline, 16), of)
     assert 0.5 - 0.024 <= reached <= 0.5 and result["ratio"]["asked"] is None
@@ -125,7 +125,7 @@ def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkey
     monkeypatch.setattr(training, "fit", spy)
     run_gfbs("--p", "0.5", "--from_scratch", "--epochs", "2")
     fresh, recipe = begun[0]
-    pruned = load_model(trained / "gfbs_p0.5_scratch_seed1" / "pruned.pth")
+    pruned = load_model(one_run(trained, "gfbs_p0.5_scratch_seed1") / "pruned.pth")
     assert fresh.group_widths() == pruned.group_widths()
     assert (recipe.lr, recipe.weight_decay, recipe.epochs) == (0.1, 1e-4, 2)
     theirs = pruned.state_dict()
@@ -147,8 +147,8 @@ def test_recalibration_averages_the_statistics_of_the_batches(trained):
     plain = run_gfbs("--p", "0.4", "--epochs", "0")
     result = run_gfbs("--p", "0.4", "--epochs", "0", "--recalibrate", "2", "--output", "again",
                       "--checkpoint", str(trained))  # fmt: skip
-    before = load_model(trained / "gfbs_p0.4_seed1" / "pruned.pth")
-    after = load_model(trained.parents[1] / "again/gateresnet20_folder/gfbs_p0.4_seed1/pruned.pth")
+    before = load_model(one_run(trained, "gfbs_p0.4_seed1") / "pruned.pth")
+    after = load_model(one_run("again/gateresnet20_folder", "gfbs_p0.4_seed1") / "pruned.pth")
     data = load_data("folder", "images", 16)
     train, test, _ = image_batches(data, 8, CPU, seed=1)
     inputs = []
@@ -171,7 +171,7 @@ def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):
     begun = []
     monkeypatch.setattr(training, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
     run_gfbs("--p", "0.4", "--recalibrate", "2")
-    saved = load_model(trained / "gfbs_p0.4_seed1" / "pruned.pth").state_dict()
+    saved = load_model(one_run(trained, "gfbs_p0.4_seed1") / "pruned.pth").state_dict()
     assert all(torch.equal(begun[0][name], saved[name]) for name in saved)
 
 
@@ -214,7 +214,7 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
         first = []
     else:
         result = run_gfbs(*options, str(trained), "--p", "0.3")
-        folder = trained.parents[1] / "held" / "gateresnet20_folder" / "gfbs_p0.3_seed1"
+        folder = one_run("held/gateresnet20_folder", "gfbs_p0.3_seed1")
         first = [18, 18]
     assert [images for images, _ in seen] == [*first, 5, 5, 5, 18, 18]
     chosen = [accuracy for images, accuracy in seen if images == 5]
@@ -281,7 +281,7 @@ def test_other_networks_go_every_way(place, net):
     }
     for name, flags in ways.items():
         result = run_gfbs("--net", net, *flags.split())
-        run = folder / f"gfbs_{name}_seed1"
+        run = one_run(folder, f"gfbs_{name}_seed1")
         pruned, tuned = load_model(run / "pruned.pth"), load_model(run / "last.pth")
         assert pruned.kept == tuned.kept
         assert result["cost"]["macs"]["after"] == model_cost(tuned, 16).macs
@@ -307,7 +307,7 @@ def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):
     assert "done already" in capsys.readouterr().out
     with pytest.raises(InputError, match="w_beta: 0.05 there, 0.5 here"):
         run_gfbs("--p", "0.5", "--skip_finished", "--w_beta", "0.5")
-    (trained / "gfbs_p0.5_seed1" / "result.json").unlink()
+    (one_run(trained, "gfbs_p0.5_seed1") / "result.json").unlink()
     assert run_gfbs("--p", "0.5", "--skip_finished")["accuracy"] == first["accuracy"]
 
 
@@ -316,7 +316,7 @@ def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypat
     monkeypatch.setattr(training, "fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_gfbs("--p", "0.5")
-    assert not (trained / "gfbs_p0.5_seed1" / "result.json").exists()
+    assert not (one_run(trained, "gfbs_p0.5_seed1") / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_what_is_finished_cannot_stay_and_be_replaced(script, capsys):
 
 def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):
     result = run_gfbs("--p", "0.5", "--w_beta", "0.1")
-    logdir = trained.parents[1] / "runs" / "gateresnet20_folder" / "gfbs_p0.5_seed1"
+    logdir = one_run("checkpoints/runs/gateresnet20_folder", "gfbs_p0.5_seed1")
     board = EventAccumulator(str(logdir), size_guidance={"histograms": 0}).Reload()
     tags = board.Tags()
     for name, channels in result["channels"].items():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import CPU
-from runs import run_gfbs, run_train
+from runs import one_run, run_gfbs, run_train
 
 from utils import experiment, training
 from utils.batches import Batches, scoring_indices
@@ -116,7 +116,7 @@ def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
 def test_overwriting_leaves_nothing_of_the_old_run(trained):
     run_gfbs("--epochs", "1", "--p", "0.5")
     run_gfbs("--epochs", "0", "--p", "0.5", "--overwrite")
-    run = trained / "gfbs_p0.5_seed1"
+    run = one_run(trained, "gfbs_p0.5_seed1")
     assert not (run / "model_best.pth").exists() and not (run / "last.pth").exists()
     assert (run / "log.txt").read_text().count("$ ") == 1
 

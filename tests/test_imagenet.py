@@ -236,7 +236,7 @@ def test_convert_prune_fine_tune_reload(place, capsys):
     assert (baseline.meta["image_size"], baseline.meta["resize"]) == (224, 256)
 
     result = run_gfbs("--p", "0.4", "--limit_train_batches", "2")
-    run = place / "checkpoints" / "resnet18" / "gfbs_p0.4_seed1"
+    run = one_run("checkpoints/resnet18", "gfbs_p0.4_seed1")
     pruned = load_model(run / "pruned.pth")
     assert result["channels"]["gate1"]["after"] == pruned.group_widths()["gate1"]
     assert result["cost"]["macs"]["after"] == model_cost(pruned, 32).macs
@@ -247,7 +247,7 @@ def test_convert_prune_fine_tune_reload(place, capsys):
     again = run_gfbs("--p", "0.2", "--epochs", "0", "--checkpoint", str(run / "model_best.pth"))
     assert again["cost"]["params"]["before"] == result["cost"]["params"]["after"]
     smooth = run_gfbs("--p", "0.4", "--smooth", "--sched", "cosine", "--limit-train-batches", "1")
-    log = (place / "checkpoints/resnet18/gfbs_p0.4_smooth_seed1/log.txt").read_text()
+    log = (one_run("checkpoints/resnet18", "gfbs_p0.4_smooth_seed1") / "log.txt").read_text()
     assert "stage 8/9: cut" in log and len(smooth["history"]) == 8 + 1
     assert smooth["channels"] == result["channels"]
 
@@ -293,7 +293,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
             run_gfbs(*argv, "--output", "broken")
     run_gfbs(*argv, "--output", "broken", "--resume", "--workers", "1")
     states = [
-        load_model(f"{output}/resnet18/gfbs_p0.4_seed1/last.pth").state_dict()
+        load_model(one_run(f"{output}/resnet18", "gfbs_p0.4_seed1") / "last.pth").state_dict()
         for output in ("whole", "broken")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -305,7 +305,10 @@ def test_a_fresh_head_serves_other_classes(place):
     with pytest.raises(InputError, match="2 classes, the checkpoint 5; --new_head"):
         run_gfbs()
     run_gfbs("--new_head", "--epochs", "0")
-    assert load_model("checkpoints/resnet18/gfbs_p0.4_seed1/pruned.pth").num_classes == 2
+    assert (
+        load_model(one_run("checkpoints/resnet18", "gfbs_p0.4_seed1") / "pruned.pth").num_classes
+        == 2
+    )
 
 
 def test_a_thousand_classes_of_torchvision_are_imagenets(place):

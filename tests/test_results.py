@@ -449,6 +449,6 @@ def test_what_the_scripts_write(trained, capsys):
     (trial,) = filter(None, map(read_trial, find_files([trained])))
     assert trial.settings["baseline epochs"] == 2 and trial.seeds == (3, None, 1, None)
     assert make_rows(group_trials([trial])) == [row]
-    (trained / "gfbs_p0.5_seed3" / "result.json").unlink()
+    (one_run(trained, "gfbs_p0.5_seed3") / "result.json").unlink()
     with pytest.raises(InputError, match="but 1 of unpruned networks"):
         table(trained)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, random_batch, random_model
-from runs import COMMON, files, make_folder, run_gfbs, run_train, same_weights, snapshot
+from runs import COMMON, files, make_folder, one_run, run_gfbs, run_train, same_weights, snapshot
 
 import gfbs_cifar
 import train
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def test_train_then_prune_with_no_step_by_hand(trained, capsys):
     assert files(trained) >= {"model_best.pth", "last.pth", "result.json", "log.txt"}
     result = run_gfbs("--p", "0.5")
-    run = trained / "gfbs_p0.5_seed1"
+    run = one_run(trained, "gfbs_p0.5_seed1")
     assert files(run) >= {"plan.json", "pruned.pth", "model_best.pth", "last.pth", "result.json"}
     assert json.loads((run / "result.json").read_text()) == json.loads(json.dumps(result))
 
@@ -68,15 +68,15 @@ def test_small_files_hold_no_optimizer(trained):
     for name in ("model_best.pth", "gfbs_p0.5_seed1/pruned.pth", "gfbs_p0.5_seed1/model_best.pth"):
         assert "training" not in load_checkpoint(trained / name).meta, name
     assert "optimizer" in load_checkpoint(trained / "last.pth").meta["training"]
-    meta = load_checkpoint(trained / "gfbs_p0.5_seed1" / "model_best.pth").meta
+    meta = load_checkpoint(one_run(trained, "gfbs_p0.5_seed1") / "model_best.pth").meta
     assert meta["classes"] == ["cat", "dog"] and meta["normalisation"]["mean"][0] == 0.4914
 
 
 def test_a_pruned_checkpoint_is_pruned_again(trained):
     run_gfbs("--p", "0.4")
-    first = trained / "gfbs_p0.4_seed1" / "model_best.pth"
+    first = one_run(trained, "gfbs_p0.4_seed1") / "model_best.pth"
     run_gfbs("--p", "0.3", "--checkpoint", str(first))
-    again = load_model(trained / "gfbs_p0.3_seed1" / "pruned.pth")
+    again = load_model(one_run(trained, "gfbs_p0.3_seed1") / "pruned.pth")
     once = load_model(first)
     assert all(again.group_widths()[n] <= width for n, width in once.group_widths().items())
     assert all(set(again.kept[name]) <= set(once.kept[name]) for name in once.kept)
@@ -87,7 +87,7 @@ def test_a_pruned_checkpoint_is_pruned_again(trained):
 def test_no_epochs_means_no_fine_tuning(trained):
     result = run_gfbs("--p", "0.5", "--epochs", "0")
     assert result["accuracy"]["last"] is None and result["history"] == []
-    run = trained / "gfbs_p0.5_seed1"
+    run = one_run(trained, "gfbs_p0.5_seed1")
     assert files(run) >= {"plan.json", "pruned.pth", "result.json"}
     assert not files(run) & {"last.pth", "model_best.pth"}
 
@@ -96,18 +96,22 @@ def test_no_ratio_means_nothing_goes(trained):
     result = run_gfbs("--p", "0", "--epochs", "0")
     assert result["ratio"]["reached"] == 0
     assert result["accuracy"]["baseline"] == result["accuracy"]["after_surgery"]
-    assert same_weights(trained / "model_best.pth", trained / "gfbs_p0_seed1" / "pruned.pth")
+    assert same_weights(
+        trained / "model_best.pth", one_run(trained, "gfbs_p0_seed1") / "pruned.pth"
+    )
 
 
 def test_smooth_ends_with_the_same_channels(trained):
     one_shot = run_gfbs("--p", "0.5")
     smooth = run_gfbs("--p", "0.5", "--smooth", "--smooth_epochs", "1", "--final-epochs", "2")
-    run = trained / "gfbs_p0.5_smooth_seed1"
+    run = one_run(trained, "gfbs_p0.5_smooth_seed1")
     assert smooth["channels"] == one_shot["channels"]
     assert smooth["accuracy"]["after_surgery"] == one_shot["accuracy"]["after_surgery"]
     for name in ("pruned.pth", "last.pth", "model_best.pth"):
         assert load_model(run / name).kept == load_model(run / "pruned.pth").kept
-    assert (run / "plan.json").read_text() == (trained / "gfbs_p0.5_seed1/plan.json").read_text()
+    assert (run / "plan.json").read_text() == (
+        one_run(trained, "gfbs_p0.5_seed1") / "plan.json"
+    ).read_text()
     log = (run / "log.txt").read_text().splitlines()
     stages = sum(line.startswith("stage ") for line in log)
     assert 1 < stages <= 10 and len(smooth["history"]) == (stages - 1) + 2
@@ -119,7 +123,7 @@ def test_criteria_by_flag(trained):
         (["--no_beta"], "taylor"), (["--beta-only"], "beta"), (["--beta"], "gfbs"),
     ):  # fmt: skip
         assert run_gfbs("--epochs", "0", *given)["criterion"] == criterion
-        assert (trained / f"{criterion}_p0.7_seed1" / "result.json").exists()
+        assert (one_run(trained, f"{criterion}_p0.7_seed1") / "result.json").exists()
 
 
 def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(place):

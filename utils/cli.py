@@ -24,7 +24,9 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_underscored(arg) for arg in args], namespace)
+        args, unknown = super().parse_known_args([_underscored(arg) for arg in args], namespace)
+        args.defaults = {action.dest: action.default for action in self._actions}
+        return args, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
@@ -122,6 +124,23 @@ def network(known: Sequence[str]) -> Callable[[str], str]:
             return check_network(text, known)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def channel_values(low: float) -> Callable[[str], tuple[float, ...]]:
+    """A parser of three numbers from ``low`` to 1, for red, green and blue."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(map(float, text.split(",")))
+        except ValueError:
+            values = ()
+        if len(values) != 3 or not all(low <= value <= 1 for value in values):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not three numbers from {low:g} to 1 such as 0.485,0.456,0.406"
+            )
+        return values
 
     return parse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,10 @@ class Normalisation:
     def as_dict(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
 
+    def __str__(self) -> str:
+        mean, std = (",".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+        return f"mean {mean} and std {std}"
+
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
         mean, std = (_of_bytes(values, images.device) for values in (self.mean, self.std))
@@ -67,6 +72,25 @@ NORMALISATIONS = {
     "synthetic": CIFAR10_NORMALISATION,
 }
 DATASETS = tuple(NORMALISATIONS)
+TEST_FOLDERS = ("test", "val")  # either will do
+
+
+def choose_normalisation(
+    typed: Normalisation | None, meta: Mapping[str, Any], usual: Normalisation
+) -> tuple[Normalisation, str]:
+    """The constants to normalise with, and a line that says which and whence: what was typed, else
+    what a checkpoint with this metadata says, else the usual ones of the data.
+    """
+    said = meta.get("normalisation")
+    chosen, whence = usual, "the usual ones of this data"
+    if typed:
+        chosen, whence = typed, "--mean and --std"
+    elif said:
+        chosen = Normalisation(tuple(said["mean"]), tuple(said["std"]))
+        whence = "as the checkpoint says"
+    return chosen, f"pixels are normalised with {chosen} ({whence})"
+
+
 ImageSamples = list[tuple[str, int]]  # (path, label)
 
 
@@ -105,12 +129,12 @@ class ImageData:
             "normalisation": self.normalisation.as_dict(),
         }
 
-    def normalised_as(self, meta: Mapping[str, Any]) -> ImageData:
-        """The data as a checkpoint with this metadata expects them; unchanged if that is silent."""
-        said = meta.get("normalisation")
-        if said is None:
-            return self
-        return replace(self, normalisation=Normalisation(tuple(said["mean"]), tuple(said["std"])))
+    def normalised(
+        self, typed: Normalisation | None, meta: Mapping[str, Any]
+    ) -> tuple[ImageData, str]:
+        """The same with the constants of ``choose_normalisation``, and its line."""
+        chosen, line = choose_normalisation(typed, meta, self.normalisation)
+        return replace(self, normalisation=chosen), line
 
 
 def hold_out(images: Images, count: int) -> tuple[Images, Images | None]:
@@ -179,7 +203,7 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 
 def _read_folders(root: Path, image_size: int) -> tuple[ImageSet, ImageSet, list[str]]:
-    train, test, classes = list_folders(root, ("test", "val"))
+    train, test, classes = list_folders(root, TEST_FOLDERS)
     return _read_images(train, image_size), _read_images(test, image_size), classes
 
 
@@ -205,6 +229,35 @@ def list_folders(
         raise InputError(f"{root}/train and {test_root} differ in classes; only one has {odd}")
     order = np.random.default_rng(0).permutation(len(train))
     return [train[i] for i in order], test, classes
+
+
+def class_digest(classes: Sequence[str]) -> str:
+    """The number of classes and a hash of their names, in order."""
+    names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
+    return f"{len(classes)} ({names})"
+
+
+def fingerprint(root: Path, *parts: ImageSamples) -> str:
+    """The number of images and a hash over their names below ``root`` and, of up to 100,000, their
+    sizes: moving the folder changes nothing, another folder of the same classes does.
+    """
+    paths = sorted(path for part in parts for path, _ in part)
+    sized = len(paths) <= 100_000
+    digest = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path) if sized else ""
+        digest.update(f"{Path(path).relative_to(root).as_posix()} {size}\n".encode())
+    return f"{len(paths)} images ({digest.hexdigest()[:8]})"
+
+
+def data_identity(dataset: str, data_dir: str, test_names: Sequence[str]) -> dict[str, str]:
+    """What tells folders of images apart in a configuration; nothing for data that are always the
+    same.
+    """
+    if dataset not in ("folder", "imagenet"):
+        return {}
+    train, test, _ = list_folders(Path(data_dir), test_names)
+    return {"data": fingerprint(Path(data_dir), train, test)}
 
 
 def list_images(root: Path) -> tuple[ImageSamples, list[str]]:

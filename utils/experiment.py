@@ -212,7 +212,9 @@ class Experiment(Training):
     ) -> PruningPlan:
         """What goes once a ``share`` of all that is to go does."""
         groups = model.channel_groups()
-        limits = {"min_channels": args.min_channels, "round_to": args.round_to}
+        limits = {
+            "min_channels": args.min_channels, "round_to": args.round_to, "scope": args.scope,
+        }  # fmt: skip
         if args.p is not None:
             entries = result["gate_entries"]["before"]
             return select_channels(groups, saliency, args.p * share, entries=entries, **limits)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections.abc import Sequence
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from models import ALIASES, NETWORKS
 from utils.acceleration import AMP, Acceleration
-from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, share, weight
-from utils.data import DATASETS
+from utils.cli import (
+    channel_values,
+    count,
+    count_or_zero,
+    gpu_ids,
+    network,
+    positive,
+    ratio,
+    share,
+    weight,
+)
+from utils.data import DATASETS, Normalisation
+from utils.pruning import SCOPES
 from utils.recipes import Cosine, Recipe, Recipes
 from utils.saliency import CRITERIA
 
@@ -45,6 +57,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="side of the images; folder images are resized and centre-cropped to it")
     add("--limit_train_batches", type=count, metavar="N", help="at most N batches an epoch")
     add("--limit_test_batches", type=count, metavar="N", help="evaluate on N batches of 500 only")
+
+
+def add_normalisation_flags(parser: argparse.ArgumentParser) -> None:
+    """What pixels are normalised with."""
+    add = parser.add_argument_group("normalisation").add_argument
+    add("--mean", type=channel_values(0), metavar="R,G,B",
+        help="mean of the pixels in [0, 1] (default: what the checkpoint says, else the data's)")
+    add("--std", type=channel_values(1e-6), metavar="R,G,B", help="likewise, standard deviation")
 
 
 def add_holdout_flag(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +160,10 @@ def add_pruning_flags(
         help="cut no more than it takes to keep at most this share of the multiply-adds")
     how_much.add_argument("--params", type=share, metavar="SHARE", help="likewise, parameters")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="what scores a channel")
+    by_layer = " and ".join(name for name, c in CRITERIA.items() if c.scope == "layer")
+    add("--scope", choices=SCOPES,
+        help="rank the channels of the whole network together, or cut the same share of every group"
+             f" (default: layer for {by_layer}, global for the others)")
     add("--w_beta", type=weight, default=0.05, metavar="X", help="weight of the beta term of gfbs")
     add("--beta", action="store_true", default=True, help="score with the beta term, as usual")
     add("--no_beta", action="store_true", help="without it: the same as --criterion taylor")
@@ -212,9 +236,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--sync_bn", action="store_true",
         help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
-    add("--logdir", default="./runs", metavar="DIR", help="where TensorBoard files go")
+    add("--logdir", metavar="DIR", help="where TensorBoard files go (default: OUTPUT/runs)")
     add("--overwrite", action="store_true",
-        help="replace what another configuration left in the same folder")
+        help="start again where the folder holds a run, of this configuration or of another")
 
 
 def add_resume_flags(parser: argparse.ArgumentParser) -> None:
@@ -223,8 +247,7 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"
              " start afresh where there is none")
-    add("--skip_finished", action="store_true",
-        help="do nothing where this very run has left its result.json")
+    add("--skip_finished", action="store_true", help=argparse.SUPPRESS)  # always so by now
     add("--checkpoint_every", type=count, metavar="N",
         help="write last.pth after every N batches, too, and not only after every epoch")
 
@@ -243,9 +266,15 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_overwrite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What is finished cannot both stay and be replaced."""
-    if args.skip_finished and args.overwrite:
-        parser.error("--skip_finished and --overwrite do not go together")
+    """A run is continued or replaced."""
+    if args.overwrite and args.resume:
+        parser.error("--resume and --overwrite do not go together")
+
+
+def check_normalisation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """One without the other is a slip."""
+    if (args.mean is None) != (args.std is None):
+        parser.error("--mean and --std go together")
 
 
 def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -253,8 +282,10 @@ def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
     if len(ways) > 1:
         parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
-    if args.step_epochs is not None and not args.steps:
-        parser.error("--step_epochs goes with --steps")
+    for flag, way in (("step_epochs", "steps"), ("smooth_epochs", "smooth"),
+                      ("final_epochs", "smooth")):  # fmt: skip
+        if getattr(args, flag) is not None and not getattr(args, way):
+            parser.error(f"--{flag} goes with --{way}")
     if args.from_scratch and not args.epochs:
         parser.error("--from_scratch needs --epochs of at least 1")
     stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
@@ -263,14 +294,48 @@ def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 
 
+def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The flags of one schedule say nothing to the other."""
+    for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
+        if args.sched == "step" and getattr(args, flag) != args.defaults[flag]:
+            parser.error(f"--{flag} goes with --sched cosine")
+
+
 def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Turn --no_beta and --beta_only into the criterion that they stand for."""
+    """Turn --no_beta and --beta_only into the criterion that they stand for, and put settings that
+    it does not look at back to their defaults, with a warning.
+    """
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
         if getattr(args, flag):
             if args.criterion not in ("gfbs", criterion):
                 parser.error(f"--{flag} means --criterion {criterion}, not {args.criterion}")
             args.criterion = criterion
     del args.beta, args.no_beta, args.beta_only
+    args.defaults["scope"] = CRITERIA[args.criterion].scope
+    args.scope = args.scope or args.defaults["scope"]
+    ignored = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
+    if not CRITERIA[args.criterion].gradients:
+        ignored += ["score_images", "score_seed"]
+    without_effect = [flag for flag in ignored if getattr(args, flag) != args.defaults[flag]]
+    for flag in without_effect:
+        setattr(args, flag, args.defaults[flag])
+    if without_effect:
+        flags = " and ".join(f"--{flag}" for flag in without_effect)
+        warn(f"{flags}: without effect, {args.criterion} does not look at it")
+
+
+def resolve_floor(args: argparse.Namespace, widest: int) -> None:
+    """A floor above the width of every group is the same as the widest group's."""
+    if args.min_channels > widest:
+        warn(f"--min_channels {args.min_channels}: no group has more than {widest} channels,"
+             " so nothing is cut")  # fmt: skip
+        args.min_channels = widest
+
+
+def warn(text: str) -> None:
+    """One line on stderr, of the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def resolve_ratio(args: argparse.Namespace) -> None:
@@ -283,24 +348,33 @@ def resolve_ratio(args: argparse.Namespace) -> None:
 # Flags that say where and how a run computes, not what: runs that differ in nothing else are one
 # and the same experiment.
 NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "deterministic",
-    "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished", "workers",
+    "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "defaults",
+    "deterministic", "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished",
+    "workers",
 }  # fmt: skip
 
 
-def configuration(
-    args: argparse.Namespace, classes: Sequence[str] | None = None, baseline: str | None = None
-) -> dict[str, Any]:
-    """What makes an experiment what it is: flags, classes, and the weights that it starts from.
+def flag_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make an experiment what it is."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
 
-    Without classes where the data have not been read yet.
+
+def configuration(args: argparse.Namespace, baseline: str | None = None) -> dict[str, Any]:
+    """What makes an experiment what it is: flags, and the weights that it starts from.
+
+    Which images it sees (``utils.data.identity``) comes to it where they are listed.
     """
-    config = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
-    config["baseline"] = baseline
-    if classes is not None:
-        names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
-        config["classes"] = f"{len(classes)} ({names})"
-    return config
+    return {**flag_values(args), "baseline": baseline}
+
+
+def logdir(args: argparse.Namespace) -> Path:
+    """Where TensorBoard files go."""
+    return Path(args.logdir) if args.logdir else Path(args.output) / "runs"
+
+
+def normalisation(args: argparse.Namespace) -> Normalisation | None:
+    """What --mean and --std say."""
+    return Normalisation(args.mean, args.std) if args.mean else None
 
 
 def imagenet_cosine(args: argparse.Namespace) -> Cosine | None:
@@ -318,13 +392,32 @@ def adapt(args: argparse.Namespace, published: Recipes, cosine: Cosine | None) -
     )
 
 
+# Settings that have a place of their own in the name of a run, or in its folder's.
+NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps", "from_scratch",
+         "seed"}  # fmt: skip
+
+
 def run_name(args: argparse.Namespace) -> str:
-    """Name of a pruning run, below the folder of its network."""
+    """Name of a pruning run, below the folder of its network: ``gfbs_p0.7_smooth_seed1``, and then
+    every setting that is not at its default.
+    """
     sizes = {"p": args.p, "macs": args.macs, "params": args.params}
-    how_much = next(f"{name}{value:g}" for name, value in sizes.items() if value is not None)
+    how_much = next(_named(name, value) for name, value in sizes.items() if value is not None)
     steps = f"_steps{args.steps}" if args.steps else ""
     how = f"{'_smooth' * args.smooth}{steps}{'_scratch' * args.from_scratch}"
-    return f"{args.criterion}_{how_much}{how}_seed{args.seed}"
+    unusual = "".join(
+        f"_{_named(flag.replace('_', ''), value)}"
+        for flag, value in sorted(flag_values(args).items())
+        if flag not in NAMED and value != args.defaults.get(flag)
+    )
+    return f"{args.criterion}_{how_much}{how}_seed{args.seed}{unusual}"
+
+
+def _named(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    values = value if isinstance(value, tuple) else (value,)
+    return name + ",".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def network_folder(args: argparse.Namespace) -> str:

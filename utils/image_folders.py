@@ -104,6 +104,7 @@ class FolderBatches:
         augment: training order and augmentation, or file order and the centre of the image.
         seed: of the random streams.
         limit: at most this many batches an epoch.
+        normalisation: applied on the device.
     """
 
     def __init__(
@@ -117,11 +118,13 @@ class FolderBatches:
         augment: bool = False,
         seed: int = 0,
         limit: int | None = None,
+        normalisation: Normalisation = IMAGENET_NORMALISATION,
     ):
         transform = crops.training() if augment else crops.evaluation()
         self.dataset = FolderImages(samples, transform, augment, seed)
         self.images, self.batch_size = len(samples), batch_size
         self.runtime, self.workers, self.limit = runtime, workers, limit
+        self.normalisation = normalisation
         self.set_epoch(0)
         self.loader = self._loader(_Keys(self), persistent=True)
 
@@ -172,7 +175,7 @@ class FolderBatches:
         try:
             for images, labels in loader:
                 images = images.to(device, non_blocking=True)
-                yield IMAGENET_NORMALISATION.apply(images), labels.to(device, non_blocking=True)
+                yield self.normalisation.apply(images), labels.to(device, non_blocking=True)
         except InputError as error:  # a worker wraps its traceback around the message
             raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
@@ -213,7 +216,10 @@ def _parts(indices: Tensor, size: int = 32) -> list[list[int]]:
 
 
 def folder_metadata(
-    crops: Crops, source: str | None, classes: Sequence[str] | None = None
+    crops: Crops,
+    normalisation: Normalisation,
+    source: str | None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its data; ``source`` is where the unpruned weights came from."""
     return {
@@ -221,7 +227,7 @@ def folder_metadata(
         "source": source,
         "image_size": crops.size,
         "resize": crops.resize,
-        "normalisation": IMAGENET_NORMALISATION.as_dict(),
+        "normalisation": normalisation.as_dict(),
         **({"classes": list(classes)} if classes else {}),
     }
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from models.gate import ChannelGroup, GatedModel
 
+SCOPES = ("global", "layer")
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -117,12 +119,14 @@ class Ranking:
             all it has.
         round_to: widths are rounded up to multiples of it, by the next most salient channels of
             the group, and never above the present width.
+        scope: "global" compares the scores of all groups; with "layer" a channel's rank within
+            its group takes the place of its score, so that every group loses the same share.
 
     Attributes:
         entries: how many gate entries there are.
 
-    Raises ValueError for a floor or a multiple below 1, or scores that are missing or not finite
-    (with the group's name).
+    Raises ValueError for a floor or a multiple below 1, an unknown scope, or scores that are
+    missing or not finite (with the group's name).
     """
 
     def __init__(
@@ -132,7 +136,10 @@ class Ranking:
         *,
         min_channels: int = 1,
         round_to: int = 1,
+        scope: str = "global",
     ):
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be {' or '.join(SCOPES)}, not {scope!r}")
         for name, value in (("min_channels", min_channels), ("round_to", round_to)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -143,7 +150,8 @@ class Ranking:
                 raise ValueError(f"the saliency of channel group {group.name} is not finite")
         self.groups, self.min_channels, self.round_to = list(groups), min_channels, round_to
         self._owners = _gate_owners(groups)
-        self._scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
+        scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
+        self._scores = scores if scope == "global" else {n: _ranks(s) for n, s in scores.items()}
         self._sizes = [len(self._scores[group.name]) for group in self._owners]
         self._order = _descending(torch.cat([self._scores[g.name] for g in self._owners]))
         self.entries = len(self._order)
@@ -193,6 +201,7 @@ def select_channels(
     *,
     min_channels: int = 1,
     round_to: int = 1,
+    scope: str = "global",
     entries: int | None = None,
 ) -> PruningPlan:
     """Keep the most salient channels of the whole network, as the published code selects them.
@@ -201,7 +210,7 @@ def select_channels(
     the cut would split coupled channels.
 
     Args:
-        groups, saliency, min_channels, round_to: see ``Ranking``.
+        groups, saliency, min_channels, round_to, scope: see ``Ranking``.
         ratio: share of the entries to remove, in [0, 1).
         entries: the N of which the ratio is a share, by default those there are: a network that has
             been cut before may count from what it had.
@@ -210,7 +219,8 @@ def select_channels(
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
-    ranking = Ranking(groups, saliency, min_channels=min_channels, round_to=round_to)
+    limits = {"min_channels": min_channels, "round_to": round_to, "scope": scope}
+    ranking = Ranking(groups, saliency, **limits)
     total = ranking.entries if entries is None else entries
     return ranking.plan(ranking.cut_after(min(ranking.entries, int(total * (1 - ratio)))))
 
@@ -242,6 +252,15 @@ def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
     return [
         owner for _, owner in sorted(zip(positions, owners, strict=True), key=lambda pair: pair[0])
     ]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Ranks (C,) in (0, 1) from the lowest score to the highest: (i + 1/2) / C, so that a threshold
+    t on them cuts round(C * t) channels.
+    """
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    ranks[_descending(scores).flip(0)] = (torch.arange(len(scores)).double() + 0.5) / len(scores)
+    return ranks
 
 
 def _descending(scores: Tensor) -> Tensor:

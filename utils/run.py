@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -27,10 +26,15 @@ from utils.files import remove_leftovers, write_atomically, write_json, write_te
 from utils.finetune import Epoch
 from utils.lock import FolderLock
 from utils.pruning import PruningPlan
-from utils.resume import PREVIOUS, differences
+from utils.resume import (
+    PREVIOUS,
+    RESULTS,
+    check_same_run,
+    existing_run,
+    find_last,
+    load_resumable,
+)
 from utils.signals import Signals
-
-RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
 
 class Run:
@@ -46,8 +50,14 @@ class Run:
         logdir: of TensorBoard files.
         config: what makes the experiment what it is; another one in the same folder is refused.
         runtime: which rank this is.
-        overwrite: replace another experiment instead.
-        last: the checkpoint that this goes on from, with the log and the TensorBoard files.
+        net: name of the network.
+        resume: continue the run that the folder holds, if any.
+        overwrite: replace whatever run it holds instead.
+        checkpoint: continue this last.pth instead, which may be in another folder.
+
+    Attributes:
+        last: the checkpoint that this goes on from, with the log and the TensorBoard files; None at
+            the start. Rank 0 chooses it, and all ranks load the same file.
 
     Raises InputError, on every rank, for a folder that holds another experiment, with what differs,
     or that cannot be written.
@@ -60,8 +70,10 @@ class Run:
         config: Mapping[str, Any],
         runtime: Runtime,
         *,
+        net: str,
+        resume: bool = False,
         overwrite: bool = False,
-        last: Checkpoint | None = None,
+        checkpoint: Path | None = None,
     ):
         self.folder, self.config, self.writes = folder, dict(config), runtime.is_main
         self.began = time.perf_counter()
@@ -69,23 +81,37 @@ class Run:
         self.board, self._log = Board(), None
         self.only_now: tuple[str, ...] = ()  # words of the command line not to resume with
         self._saved = False
-        runtime.on_main(lambda: self._open(logdir, overwrite, last))
+        self.last: Checkpoint | None = None
+        path = runtime.on_main(lambda: self._open(logdir, net, resume, overwrite, checkpoint))
+        if path and self.last is None:
+            self.last = load_resumable(path, net)
+        earlier = self.last.meta["training"] if self.last else {}
+        self._seconds_before = earlier.get("seconds", 0.0)
 
-    def _open(self, logdir: Path, overwrite: bool, last: Checkpoint | None) -> None:
-        # What a run continues in its own folder has been compared already (utils/resume.py).
-        own = any((self.folder / name).exists() for name in ("last.pth", PREVIOUS))
-        changed = "" if last and own else self._another_experiment()
-        if changed and not overwrite:
-            raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
+    def _open(
+        self, logdir: Path, net: str, resume: bool, overwrite: bool, checkpoint: Path | None
+    ) -> Path | None:
+        """Take the folder, and return the checkpoint to continue from, if any."""
         self._lock = FolderLock(self.folder)
         with _writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         try:
-            self._open_files(logdir, bool(changed), last)
+            # Looked at before, but another process may have had the folder in between.
+            resume = resume or checkpoint is not None
+            if existing_run(self.folder, self.config, dict, resume=resume, overwrite=overwrite):
+                raise InputError(f"{self.folder}: another process has just finished this run")
+            if checkpoint:
+                found = checkpoint, load_resumable(checkpoint, net)
+            else:
+                found = find_last(self.folder, net) if resume else None
+            path, last = found or (None, None)
+            self.last = check_same_run(last, self.config) if last else None
+            self._open_files(logdir, overwrite, self.last)
         except BaseException:
             self._close()
             raise
+        return path
 
     def _open_files(self, logdir: Path, replace: bool, last: Checkpoint | None) -> None:
         with _writable(self.folder, "--output"):
@@ -94,24 +120,16 @@ class Run:
             done = len(last.meta["training"]["history"]) if last else -1
             self.board = Board(logdir, done + 1, self.log)
         with _writable(self.folder, "--output"):
-            for name in RESULTS if replace else ("result.json",):  # of a run that is done again
+            for name in RESULTS if replace else ():
                 (self.folder / name).unlink(missing_ok=True)
             remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
             if not last:
                 self._log.truncate(0)
 
-    def _another_experiment(self) -> str:
-        """What is in the folder and why it is not this experiment; empty where it may go on."""
-        present = [name for name in RESULTS if (self.folder / name).exists()]
-        if not present:
-            return ""
-        try:
-            earlier = json.loads((self.folder / "config.json").read_text())
-            changed = differences(earlier, self.config)
-        except (OSError, ValueError, TypeError, AttributeError):
-            return f"{self.folder} holds {', '.join(present)} of an unknown configuration"
-        return f"{self.folder} holds a run of another configuration ({changed})" if changed else ""
+    def seconds(self) -> float:
+        """How long the run has taken so far: earlier legs up to their last checkpoint, and this."""
+        return self._seconds_before + time.perf_counter() - self.began
 
     def __enter__(self) -> Run:
         self.signals.install()
@@ -221,7 +239,7 @@ class Run:
             "command": command_line(),
             "config": self.config,
             "versions": versions(),
-            "wall_time_seconds": round(time.perf_counter() - self.began, 1),
+            "wall_time_seconds": round(self.seconds(), 1),
         }
         if self.writes:
             with self._writing():

@@ -115,10 +115,12 @@ class Criterion:
         score: from the signals of a group and w_beta to its scores (C,).
         gradients: whose gradients the score needs, "norms" or "gates"; with None the batch is not
             looked at.
+        scope: how its paper ranks channels; see ``utils.pruning.Ranking``.
     """
 
     score: Callable[[GroupSignals, float], Tensor]
     gradients: Literal["norms", "gates"] | None = None
+    scope: Literal["global", "layer"] = "global"
 
 
 # A new criterion is one function and one line here.
@@ -128,8 +130,8 @@ CRITERIA = {
     "beta": Criterion(beta),
     "slimming": Criterion(slimming),
     "taylor_fo": Criterion(taylor_fo, gradients="gates"),
-    "l1": Criterion(l1),
-    "fpgm": Criterion(fpgm),
+    "l1": Criterion(l1, scope="layer"),
+    "fpgm": Criterion(fpgm, scope="layer"),
     "random": Criterion(random),
 }
 

@@ -81,11 +81,18 @@ class Tracker(Watch):
         set_random_state(training["random"])
         batches = f" and {training['batch']} batches" if training["batch"] else ""
         self.run.log(f"continues after epoch {training['epoch']}{batches} of stage {self.stage}")
-        if training["ranks"] != self.runtime.world_size:
-            self.run.log(
-                f"warning: {training['ranks']} ranks began this run and {self.runtime.world_size}"
-                " continue it; it will not end with the same bits"
-            )
+        for what, now in self._place().items():
+            before = training.get(what, now)
+            if before != now:
+                self.run.log(
+                    f"warning: {before} {what} began this run and {now} continue it;"
+                    " it will not end with the same bits"
+                )
+
+    def _place(self) -> dict[str, int]:
+        """What the bits of a run depend on, besides its configuration."""
+        threads = {"threads": torch.get_num_threads()} if self.runtime.device.type == "cpu" else {}
+        return {"ranks": self.runtime.world_size, "GPUs": len(self.runtime.gpus), **threads}
 
     def after_batch(self, batch: int, state: Callable[[], dict[str, Any]]) -> None:
         signum = self.runtime.most(self.run.signals.received)  # all ranks stop at the same batch
@@ -109,21 +116,26 @@ class Tracker(Watch):
         self.run.log_epoch(epoch, self.stage_epochs, left, self.chosen_on)
         if self.final and (self.best is None or epoch.test.accuracy > self.best.test.accuracy):
             self.best = epoch
-            about = {"accuracy": epoch.test.accuracy, "tested_on": self.chosen_on}
-            about |= {"epoch": epoch.number, "chosen": f"best on {self.chosen_on}"}
-            self.run.save("model_best.pth", self.model, **self.meta, **about)
+            self.save_best()
         self._save_last(state())
         self.run.board.draw_epoch(epoch, self.done, self.chosen_on)
         signum = self.runtime.most(self.run.signals.received)
         if signum:
             raise Interrupted(signum, f"stopped after epoch {epoch.number}")
 
+    def save_best(self) -> None:
+        """Write model_best.pth, of the epoch that has just ended."""
+        about = {"accuracy": self.best.test.accuracy, "tested_on": self.chosen_on}
+        about |= {"epoch": self.best.number, "chosen": f"best on {self.chosen_on}"}
+        self.run.save("model_best.pth", self.model, **self.meta, **about)
+
     def _save_last(self, state: dict[str, Any]) -> None:
         training = {
             **state,
             "stage": self.stage,
             "history": self.history,
-            "ranks": self.runtime.world_size,
+            "seconds": self.run.seconds(),
+            **self._place(),
             "random": random_state(),
             "story": self.story,
         }

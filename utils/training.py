@@ -18,6 +18,7 @@ from utils.finetune import evaluate, fit
 from utils.pruning import PruningPlan
 from utils.recipes import Recipe
 from utils.result import Snapshot
+from utils.resume import is_whole
 from utils.run import Run
 from utils.surgery import prune
 from utils.tracker import Tracker
@@ -118,7 +119,7 @@ class Training:
             final = number == len(stages)
             if resume:
                 tracker.continue_stage(resume, stage.recipe.epochs, final)
-                self._check_best(tracker)
+                self._restore_files(tracker, resume)
             else:
                 cut = ", ".join(self.cut(model, stage))
                 if len(stages) > 1:
@@ -134,11 +135,23 @@ class Training:
             resume = None
         return tracker
 
-    def _check_best(self, tracker: Tracker) -> None:
-        """A run with a holdout ends with the network of its best epoch, so it must be there."""
-        path = self.run.folder / "model_best.pth"
-        if self.holdout is not None and tracker.best and not path.is_file():
-            raise InputError(f"{path} is missing; put it back, or start again without --resume")
+    def _restore_files(self, tracker: Tracker, training: Mapping[str, Any]) -> None:
+        """Write again what last.pth can restore of the files that should be there, and say what is
+        lost.
+        """
+        folder, plan = self.run.folder, tracker.story.get("plan")
+        if plan is not None and not is_whole(folder / "plan.json"):
+            self.run.save_plan(PruningPlan(plan))
+        lost = ["pruned.pth"] if plan is not None and not is_whole(folder / "pruned.pth") else []
+        if tracker.best and not is_whole(path := folder / "model_best.pth"):
+            if tracker.best is tracker.last and not training["batch"]:
+                tracker.save_best()
+            elif self.holdout is not None:  # a run with a holdout ends with this network
+                raise InputError(f"{path} is missing; put it back, or start again with --overwrite")
+            else:
+                lost.append("model_best.pth")
+        if lost:
+            self.run.log(f"warning: {' and '.join(lost)} cannot be written again: lost")
 
     def cut(self, model: GatedModel, stage: Stage) -> list[str]:
         """Cut in place what a stage cuts, and begin with fresh weights where it says so.
