@@ -89,8 +89,7 @@ def trained_once(tmp_path_factory):
 @pytest.fixture
 def trained(place, trained_once):
     """The folder of a trained network, in ``place``."""
-    for name in ("checkpoints", "runs"):
-        shutil.copytree(trained_once / name, place / name)
+    shutil.copytree(trained_once / "checkpoints", place / "checkpoints")
     return place / "checkpoints" / "gateresnet20_folder"
 
 

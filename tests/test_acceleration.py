@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU, random_batch, random_model, relative_difference
-from runs import run_gfbs, same_weights
+from runs import one_run, run_gfbs, same_weights
 from torch.optim import SGD
 
 from models import Gate, build_model
@@ -126,8 +126,8 @@ def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):
         run_gfbs(*options, "--output", "broken")
     result = run_gfbs(*options, "--output", "broken", "--resume")
     assert len(result["history"]) == 2
-    name = "gateresnet20_folder/gfbs_p0.5_seed1/last.pth"
-    assert same_weights(f"whole/{name}", f"broken/{name}")
+    whole, broken = (one_run(f"{o}/gateresnet20_folder", "gfbs") for o in ("whole", "broken"))
+    assert same_weights(whole / "last.pth", broken / "last.pth")
 
 
 def test_the_optimiser_is_fused_where_asked_for():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import gfbs_cifar
 import gfbs_imagenet
-import train
 from tools import export, results
 from utils import experiment, training
 from utils.batches import Batches, image_batches
@@ -298,24 +296,11 @@ def test_other_networks_go_every_way(place, net):
 # Runs
 
 
-def test_a_finished_run_is_skipped_if_asked(trained, monkeypatch, capsys):
-    first = run_gfbs("--p", "0.5")
-    with monkeypatch.context() as patched:
-        patched.setattr(gfbs_cifar, "load_data", None)  # nothing is read
-        again = run_gfbs("--p", "0.5", "--skip_finished")
-    assert again == json.loads(json.dumps(first))
-    assert "done already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="w_beta: 0.05 there, 0.5 here"):
-        run_gfbs("--p", "0.5", "--skip_finished", "--w_beta", "0.5")
-    (one_run(trained, "gfbs_p0.5_seed1") / "result.json").unlink()
-    assert run_gfbs("--p", "0.5", "--skip_finished")["accuracy"] == first["accuracy"]
-
-
 def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):
     run_gfbs("--p", "0.5")
     monkeypatch.setattr(training, "fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_gfbs("--p", "0.5")
+        run_gfbs("--p", "0.5", "--overwrite")
     assert not (one_run(trained, "gfbs_p0.5_seed1") / "result.json").exists()
 
 
@@ -328,6 +313,13 @@ def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypat
         (["--macs", "0.5", "--criterion", "l1"], "l1_macs0.5_seed1"),
         (["--params", "0.25", "--steps", "4"], "gfbs_params0.25_steps4_seed1"),
         (["--p", "0.5", "--from_scratch"], "gfbs_p0.5_scratch_seed1"),
+        (["--w_beta", "0.1", "--cosine"], "gfbs_p0.7_seed1_cosine_wbeta0.1"),
+        (["--epochs", "40", "--score_seed", "0"], "gfbs_p0.7_seed1_epochs40_scoreseed0"),
+        (["--mean", "0.5,0.5,0.5", "--std", "1,1,1"], "gfbs_p0.7_seed1_mean0.5,0.5,0.5_std1,1,1"),
+        (["--criterion", "l1", "--scope", "layer"], "l1_p0.7_seed1"),
+        (["--criterion", "l1", "--scope", "global"], "l1_p0.7_seed1_scopeglobal"),
+        (["--criterion", "l1", "--w_beta", "1", "--score_seed", "3"], "l1_p0.7_seed1"),
+        (["--data_dir", "x", "--output", "y", "--device", "cpu"], "gfbs_p0.7_seed1"),
     ],
 )
 def test_names_of_runs(argv, name):
@@ -351,6 +343,12 @@ def experiment_name(argv):
         (["--round_to", "0"], "--round_to"),
         (["--steps", "0"], "--steps"),
         (["--step_epochs", "3"], "--step_epochs goes with --steps"),
+        (["--smooth_epochs", "0"], "--smooth_epochs goes with --smooth"),
+        (["--final_epochs", "3"], "--final_epochs goes with --smooth"),
+        (["--resume", "--overwrite"], "--resume and --overwrite do not go together"),
+        (["--mean", "0.5,0.5,0.5"], "--mean and --std go together"),
+        (["--mean", "1,2,3", "--std", "1,1,1"], "is not three numbers from 0 to 1"),
+        (["--mean", "0,0,0", "--std", "0,1,1"], "--std"),
         (["--from_scratch", "--epochs", "0"], "--from_scratch needs --epochs of at least 1"),
         (["--holdout", "-1"], "--holdout"),
     ],
@@ -361,11 +359,29 @@ def test_flags_that_make_no_sense(argv, message, capsys):
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [train, gfbs_cifar, gfbs_imagenet])
-def test_what_is_finished_cannot_stay_and_be_replaced(script, capsys):
-    with pytest.raises(SystemExit) as left:
-        script.parse_args(["--data_dir", "x", "--skip_finished", "--overwrite"])
-    assert left.value.code == 2 and "do not go together" in capsys.readouterr().err
+def test_what_has_no_effect_is_one_warning(trained, capsys):
+    gfbs_cifar.parse_args(["--criterion", "slimming", "--w_beta", "1", "--score_seed", "3"])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--w_beta and --score_seed: without effect" in shown
+    with pytest.raises(SystemExit):
+        gfbs_imagenet.parse_args(["--data_dir", "x", "--warmup_epochs", "3"])
+    assert "--warmup_epochs goes with --sched cosine" in capsys.readouterr().err
+    result = run_gfbs("--min_channels", "1000", "--epochs", "0")
+    assert result["config"]["min_channels"] == 64 and result["ratio"]["reached"] == 0
+    assert "no group has more than 64 channels" in capsys.readouterr().err
+
+
+def test_constants_are_the_typed_ones_then_the_checkpoints(trained, capsys):
+    typed = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    plain = run_train("--output", "other", "--epochs", "1")
+    assert "0.2023,0.1994,0.201 (the usual ones of this data)" in capsys.readouterr().out
+    result = run_train("--output", "typed", "--epochs", "1", *typed)
+    assert "mean 0.5,0.5,0.5 and std 0.25,0.25,0.25 (--mean and --std)" in capsys.readouterr().out
+    assert result["config"]["mean"] == (0.5, 0.5, 0.5) and plain["config"]["mean"] is None
+    run_gfbs("--epochs", "0", "--output", "typed")
+    assert "0.25,0.25,0.25 (as the checkpoint says)" in capsys.readouterr().out
+    pruned = one_run("typed/gateresnet20_folder", "gfbs_p0.7_seed1") / "pruned.pth"
+    assert load_checkpoint(pruned).meta["normalisation"]["std"] == [0.25] * 3
 
 
 def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):

@@ -114,10 +114,12 @@ def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(trained):
-    run_gfbs("--epochs", "1", "--p", "0.5")
-    run_gfbs("--epochs", "0", "--p", "0.5", "--overwrite")
+    run_gfbs("--p", "0.5")
     run = one_run(trained, "gfbs_p0.5_seed1")
-    assert not (run / "model_best.pth").exists() and not (run / "last.pth").exists()
+    (run / "config.json").write_text("{}")
+    (run / "last_previous.pth").write_text("old")
+    run_gfbs("--p", "0.5", "--overwrite")
+    assert not (run / "last_previous.pth").exists() and (run / "result.json").exists()
     assert (run / "log.txt").read_text().count("$ ") == 1
 
 

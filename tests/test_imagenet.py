@@ -10,7 +10,7 @@ import torch
 import torch_pruning
 import torchvision
 from conftest import CPU, random_batch, random_model, randomise_channels, relative_difference
-from runs import make_folder
+from runs import make_folder, one_run
 from test_surgery import random_plan
 from torch import nn
 from torchvision.transforms.v2 import functional

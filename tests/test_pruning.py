@@ -234,3 +234,37 @@ def test_plan_survives_json():
     for damaged in (plan.to_json()[:-20], "[1, 2]", "", '{"a": 3}'):
         with pytest.raises(ValueError, match="pruning plan"):
             PruningPlan.from_json(damaged)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_with_scope_layer_every_group_loses_the_same_share_by_its_own_ranking(ratio):
+    """Read by brute force: of C channels those go whose rank (i + 1/2) / C is below the threshold
+    that the cut falls on.
+    """
+    stream = torch.Generator().manual_seed(8)
+    widths = {"a": 16, "b": 64, "c": 7, "d": 32}
+    groups = [ChannelGroup(n, (n,), (f"{n}.norm",), (n,), ()) for n in widths]
+    # Scores of quite different sizes: of no account within a group.
+    scores = {
+        n: 10.0**k * torch.rand(w, generator=stream) for k, (n, w) in enumerate(widths.items())
+    }
+    plan = select_channels(groups, scores, ratio, scope="layer")
+    for name, width in widths.items():
+        best = scores[name].argsort(descending=True)[: len(plan.keep[name])]
+        assert plan.keep[name] == sorted(best.tolist())
+        assert abs((width - len(plan.keep[name])) - ratio * width) <= 1
+    total = sum(map(len, plan.keep.values()))
+    assert total == int(sum(widths.values()) * (1 - ratio))
+    if ratio > 0.3:
+        assert plan != select_channels(groups, scores, ratio)
+
+
+def test_scope_layer_within_a_budget_cuts_alike_in_all_groups():
+    model = random_model("gatevgg11")
+    saliency = {name: torch.rand(width) for name, width in model.group_widths().items()}
+    ranking = Ranking(model.channel_groups(), saliency, scope="layer")
+    plan = select_within(model, ranking, 32, "macs", 0.4 * model_cost(model, 32).macs)
+    shares = [len(keep) / model.group_widths()[name] for name, keep in plan.keep.items()]
+    assert max(shares) - min(shares) <= 1 / 64
+    with pytest.raises(ValueError, match="scope must be global or layer, not 'all'"):
+        Ranking(model.channel_groups(), saliency, scope="all")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import run_gfbs
+from runs import one_run, run_gfbs
 
 from tools import results
 from tools.curves import make_panels, middle_asked, short_names

@@ -16,14 +16,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from runs import files, run_gfbs, run_train, same_weights
+from runs import (
+    files,
+    make_folder,
+    one_run,
+    run_gfbs,
+    run_train,
+    same_weights,
+    snapshot,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import gfbs_cifar
 from utils import files as files_module
+from utils import flags
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import write_atomically
 from utils.lock import FolderLock
+from utils.resume import differences
+from utils.run import Run
 from utils.tracker import Tracker, random_state, set_random_state
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +105,7 @@ def test_a_run_continues_between_rounds(trained, epochs):
         with pytest.raises(Killed):
             run_gfbs(*argv, "--output", "broken", "--logdir", "logs")
     run_gfbs(*argv, "--output", "broken", "--logdir", "logs", "--resume")
-    run = "gateresnet20_folder/gfbs_p0.6_steps2_seed1"
+    run = one_run("whole/gateresnet20_folder", "gfbs_p0.6_steps2_seed1").relative_to("whole")
     assert same_weights(f"whole/{run}/last.pth", f"broken/{run}/last.pth")
     plans = [Path(output, run, "plan.json").read_text() for output in ("whole", "broken")]
     assert plans[0] == plans[1]
@@ -107,7 +120,13 @@ def test_with_a_holdout_the_best_epoch_must_be_there(trained):
         die_after(patch, 1, "after_epoch")
         with pytest.raises(Killed):
             run_train(*argv)
-    Path("held/gateresnet20_folder/model_best.pth").unlink()
+    folder = Path("held/gateresnet20_folder")
+    (folder / "model_best.pth").unlink()
+    last = load_checkpoint(folder / "last.pth")
+    history = last.meta["training"]["history"]
+    later = {**history[0], "number": 2, "test": {**history[0]["test"], "accuracy": -1}}
+    training = {**last.meta["training"], "epoch": 2, "history": [*history, later]}
+    save_checkpoint(folder / "last.pth", last.model, **{**last.meta, "training": training})
     with pytest.raises(InputError, match="model_best.pth is missing; put it back"):
         run_train(*argv, "--resume")
 
@@ -122,11 +141,10 @@ def test_another_configuration_is_refused_with_what_differs(trained):
     with pytest.raises(InputError, match=r"another configuration \(epochs: 2 there, 4 here\)"):
         run_train("--epochs", "4", "--resume")
     run_gfbs("--p", "0.5")
-    with pytest.raises(InputError, match="lr: None there, 0.5 here"):
-        run_gfbs("--p", "0.5", "--lr", "0.5", "--resume")
     run_train("--output", "twin", "--seed", "5")
-    with pytest.raises(InputError, match="baseline: "):
-        run_gfbs("--p", "0.5", "--checkpoint", "twin", "--resume")
+    twin = ["--checkpoint", "twin", "--output", "checkpoints"]
+    with pytest.raises(InputError, match="baseline: .*; --overwrite replaces it"):
+        run_gfbs("--p", "0.5", *twin, "--resume")
 
 
 def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):
@@ -148,32 +166,147 @@ def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):
     assert same_weights(new / "model_best.pth", trained / "model_best.pth")
 
 
-def test_resume_with_overwrite_deletes_nothing(trained):
-    (trained / "config.json").unlink()
-    run_train("--resume", "--overwrite")
-    assert {"last.pth", "model_best.pth"} <= files(trained)
-
-
 def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):
     last = trained / "last.pth"
     content = bytearray(last.read_bytes())
     before = load_checkpoint(last).model.state_dict()
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
+    (trained / "result.json").unlink()
     run_train("--resume")
     assert "going on from the one before" in capsys.readouterr().err
     after = load_checkpoint(last).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_another_number_of_ranks_is_warned_of(trained, capsys):
+@pytest.mark.parametrize("what, before, now", [("ranks", 2, 1), ("threads", 3, 1), ("GPUs", 4, 0)])
+def test_another_place_is_warned_of(trained, capsys, what, before, now):
     last = load_checkpoint(trained / "last.pth")
-    meta = {k: v for k, v in last.meta.items() if k != "training"}
-    save_checkpoint(
-        trained / "last.pth", last.model, **meta, training={**last.meta["training"], "ranks": 2}
-    )
+    training = {**last.meta["training"], what: before}
+    save_checkpoint(trained / "last.pth", last.model, **{**last.meta, "training": training})
+    (trained / "result.json").unlink()
     run_train("--resume")
-    assert "warning: 2 ranks began this run and 1 continue it" in capsys.readouterr().out
+    assert f"warning: {before} {what} began this run and {now} continue" in capsys.readouterr().out
+
+
+# The same command once more
+
+
+def test_a_finished_run_is_reported_and_not_touched(trained, capsys):
+    first, pruned = run_train(), run_gfbs("--p", "0.5")
+    before = snapshot(trained.parent)
+    for flags in ([], ["--resume"], ["--skip_finished"], ["--data_dir", "moved"]):
+        if "moved" in flags:
+            Path("images").rename("moved")
+        assert run_train(*flags) == first and run_gfbs("--p", "0.5", *flags) == json.loads(
+            json.dumps(pruned)
+        )
+        assert capsys.readouterr().out.count("done already; --overwrite runs it again") == 2
+    assert snapshot(trained.parent) == before
+
+
+@pytest.mark.parametrize("argv", [[], ["--p", "0.5"]])
+def test_an_unfinished_run_is_refused_without_resume(trained, argv):
+    start = run_gfbs if argv else run_train
+    argv = [*argv, "--epochs", "2", "--output", "cut"]
+    argv += ["--checkpoint", str(trained)] if start is run_gfbs else []
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1, "after_epoch")
+        with pytest.raises(Killed):
+            start(*argv)
+    before = snapshot("cut")
+    with pytest.raises(InputError, match="unfinished run; --resume continues it, --overwrite"):
+        start(*argv)
+    assert snapshot("cut") == before
+    whole = start(*argv, "--resume")
+    again = start(*argv, "--overwrite")
+    assert again["accuracy"] == whole["accuracy"]
+
+
+def test_a_finished_run_without_its_files_is_restored_as_far_as_it_can_be(trained, capsys):
+    first = run_gfbs("--p", "0.5")
+    run = one_run(trained, "gfbs_p0.5_seed1")
+    plan, result = (run / "plan.json").read_text(), (run / "result.json").read_text()
+    (run / "plan.json").unlink()
+    (run / "pruned.pth").write_bytes((run / "pruned.pth").read_bytes()[:1000])
+    (run / "model_best.pth").unlink()
+    with pytest.raises(InputError, match="finished run without plan.json, pruned.pth, model_best"):
+        run_gfbs("--p", "0.5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "continue_stage", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # stopped before it could be made again
+            run_gfbs("--p", "0.5", "--resume")
+    assert (run / "result.json").read_text() == result
+    again = run_gfbs("--p", "0.5", "--resume")
+    assert again["accuracy"] == first["accuracy"] and (run / "plan.json").read_text() == plan
+    assert same_weights(run / "model_best.pth", run / "last.pth")
+    assert "pruned.pth cannot be written again: lost" in capsys.readouterr().out
+
+
+def test_zero_is_a_value():
+    """Never taken for the run without the flag, whatever the folder is called."""
+
+    def parsed(*argv):
+        return gfbs_cifar.parse_args(["--p", "0.5", *argv])
+
+    for argv, usual in (
+        (["--weight_decay", "0"], []),
+        (["--score_seed", "0"], []),
+        (["--smooth", "--smooth_epochs", "0"], ["--smooth"]),
+        (["--steps", "2", "--step_epochs", "0"], ["--steps", "2"]),
+    ):
+        runs = parsed(*usual), parsed(*argv)
+        assert differences(*map(flags.configuration, runs)).startswith(argv[-2][2:])
+        assert len(set(map(flags.run_name, runs))) == 2
+
+
+def test_differences_between_configurations():
+    assert differences({"x": 0}, {"x": None}) and differences({"x": 0}, {"x": False})
+    assert differences({"x": 1}, {"x": True}) and differences({"x": 0}, {})
+    assert not differences({"x": False}, {}) and not differences({}, {"x": None})
+    assert not differences({"mean": [0.5, 0.5, 0.5]}, {"mean": (0.5, 0.5, 0.5)})
+    assert not differences({}, {"scope": "global", "round_to": 1, "holdout": 0})
+    assert differences({}, {"scope": "layer"})
+    assert not differences({}, {"data": "3 images (a)"})
+    assert differences({"data": "3 images (a)"}, {"data": "3 images (b)"})
+
+
+def test_zero_weight_decay_in_the_same_folder_is_another_run(trained):
+    for extra in ([], ["--resume"], ["--skip_finished"]):
+        with pytest.raises(InputError, match="weight_decay: None there, 0.0 here"):
+            run_train("--weight_decay", "0", *extra)
+
+
+def test_other_images_of_the_same_classes_are_other_data(trained):
+    make_folder(Path("others"), images=9, size=(16, 16))
+    Path("others/train/cat/0.png").rename("others/train/cat/new.png")
+    with pytest.raises(InputError, match="data: 36 images .* there, 36 images .* here"):
+        run_train("--data_dir", "others")
+
+
+def test_wall_time_is_that_of_all_legs(trained, monkeypatch):
+    hours = iter(range(0, 10**9, 3600))
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.run.time.perf_counter", lambda: float(next(hours)))
+        die_after(patch, 2, "after_epoch")
+        with pytest.raises(Killed):
+            run_train("--epochs", "3", "--output", "legs")
+    saved = load_checkpoint("legs/gateresnet20_folder/last.pth").meta["training"]["seconds"]
+    assert saved >= 3600
+    result = run_train("--epochs", "3", "--output", "legs", "--resume")
+    assert saved <= result["wall_time_seconds"] < saved + 3600
+
+
+def test_ranks_continue_what_rank_0_chooses(trained, monkeypatch):
+    """Another rank loads the file that rank 0 names, and looks at nothing itself."""
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "result.json").unlink()
+    chosen = trained / "last.pth"
+    other = Runtime(torch.device("cpu"), rank=1, world_size=2)
+    monkeypatch.setattr(Runtime, "on_main", lambda self, action: chosen)
+    monkeypatch.setattr("utils.run.find_last", lambda *_: 1 / 0)
+    run = Run(trained, Path("logs"), config, other, net="gateresnet20", resume=True)
+    assert run.last.digest == load_checkpoint(chosen).digest
 
 
 def test_random_streams_come_back():
@@ -258,7 +391,7 @@ def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):
     running = subprocess.Popen(
         [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    last = Path("checkpoints/resnet18/gfbs_p0.4_seed1/last.pth")
+    last = Path("checkpoints/resnet18/gfbs_p0.4_seed1_imagesize32_trainbs4/last.pth")
     while not last.exists() and running.poll() is None:
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGTERM)
