@@ -195,10 +195,11 @@ def test_another_place_is_warned_of(trained, capsys, what, before, now):
 def test_a_finished_run_is_reported_and_not_touched(trained, capsys):
     first, pruned = run_train(), run_gfbs("--p", "0.5")
     before = snapshot(trained.parent)
-    for flags in ([], ["--resume"], ["--skip_finished"], ["--data_dir", "moved"]):
-        if "moved" in flags:
+    capsys.readouterr()
+    for again in ([], ["--resume"], ["--skip_finished"], ["--data_dir", "moved"]):
+        if "moved" in again:
             Path("images").rename("moved")
-        assert run_train(*flags) == first and run_gfbs("--p", "0.5", *flags) == json.loads(
+        assert run_train(*again) == first and run_gfbs("--p", "0.5", *again) == json.loads(
             json.dumps(pruned)
         )
         assert capsys.readouterr().out.count("done already; --overwrite runs it again") == 2
