@@ -1,0 +1,107 @@
+"""gfbs_cifar.py with Torch-Pruning's Taylor importance as the score, for comparison.
+
+    python -m experiments.torch_pruning_taylor --net gateresnet56 --macs 0.5 --epochs 10 --cosine
+
+Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. The groups of
+channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance``, with the default
+settings, of gradients in eval mode. The channels of lowest importance go, over the whole network,
+until the budget is met, and the surgery is ours: Torch-Pruning cannot cut zero-padding shortcuts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning
+from torch import Tensor, nn
+
+import gfbs_cifar
+from models.gate import GatedModel, folded_gates
+from models.resnet_cifar import PadShortcut
+from utils import experiment
+from utils.cli import run_script
+from utils.saliency import CRITERIA, Criterion
+from utils.surgery import keep_inputs, keep_outputs
+
+NAME = "torch-pruning taylor"
+
+
+class ShortcutPruner(torch_pruning.BasePruningFunc):
+    """Tells Torch-Pruning that both sides of a shortcut are cut independently, as a convolution's.
+
+    Without it, the graph cannot be followed through the shortcut.
+    """
+
+    def prune_out_channels(self, layer: PadShortcut, idxs: Sequence[int]) -> PadShortcut:
+        keep_outputs(layer, _others(idxs, self.get_out_channels(layer)))
+        return layer
+
+    def prune_in_channels(self, layer: PadShortcut, idxs: Sequence[int]) -> PadShortcut:
+        keep_inputs(layer, _others(idxs, self.get_in_channels(layer)))
+        return layer
+
+    def get_out_channels(self, layer: PadShortcut) -> int:
+        return len(layer.source)
+
+    def get_in_channels(self, layer: PadShortcut) -> int:
+        return layer.in_channels
+
+
+def _others(idxs: Sequence[int], width: int) -> Tensor:
+    return torch.tensor(sorted({*range(width)} - {*idxs}))
+
+
+def dependency_graph(model: nn.Module, images: Tensor) -> torch_pruning.DependencyGraph:
+    """Torch-Pruning's view of a gated model, with its gates folded; gates are left uncut."""
+    with folded_gates(model):
+        return torch_pruning.DependencyGraph().build_dependency(
+            model, images[:2], customized_pruners={PadShortcut: ShortcutPruner()}, verbose=False
+        )
+
+
+def torch_pruning_saliency(
+    model: GatedModel, images: Tensor, labels: Tensor, **_: Any
+) -> dict[str, Tensor]:
+    """In the place of ``channel_saliency``: the importance (C,) of each group, by its name.
+
+    Raises ValueError where Torch-Pruning couples other channels than the network does.
+    """
+    model = copy.deepcopy(model).eval()
+    graph = dependency_graph(model, images)
+    with folded_gates(model):
+        F.cross_entropy(model(images), labels).backward()
+    names = {module: name for name, module in model.named_modules()}
+    importance, saliency = torch_pruning.importance.GroupTaylorImportance(), {}
+    for group in model.channel_groups():
+        conv = model.get_submodule(group.convs[0])
+        channels = list(range(conv.out_channels))
+        theirs = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, channels)
+        coupled = {names[dep.layer] for dep, _ in theirs if dep.layer in names}
+        if coupled != {*group.outputs, *group.inputs} - {*group.gates}:
+            raise ValueError(f"Torch-Pruning couples {sorted(coupled)} with group {group.name}")
+        saliency[group.name] = importance(theirs).cpu()
+    return saliency
+
+
+CRITERIA[NAME] = Criterion(torch_pruning_saliency, gradients="norms")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    return gfbs_cifar.parse_args([*argv, "--criterion", NAME])
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Prune and fine-tune, and return what result.json says."""
+    experiment.channel_saliency = torch_pruning_saliency
+    return gfbs_cifar.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(parse_args, main))
