@@ -9,7 +9,7 @@ from typing import Any
 
 from models import ALIASES, NETWORKS
 from utils.acceleration import AMP, Acceleration
-from utils.cli import count, count_or_zero, gpu_ids, network, positive, ratio, share, weight
+from utils.cli import count, count_or_zero, factor, gpu_ids, network, positive, ratio, share, weight
 from utils.data import DATASETS
 from utils.recipes import Cosine, Recipe, Recipes
 from utils.saliency import CRITERIA
@@ -140,7 +140,7 @@ def add_pruning_flags(
         help="cut no more than it takes to keep at most this share of the multiply-adds")
     how_much.add_argument("--params", type=share, metavar="SHARE", help="likewise, parameters")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="what scores a channel")
-    add("--w_beta", type=weight, default=0.05, metavar="X", help="weight of the beta term of gfbs")
+    add("--w_beta", type=factor, default=0.05, metavar="X", help="weight of the beta term of gfbs")
     add("--beta", action="store_true", default=True, help="score with the beta term, as usual")
     add("--no_beta", action="store_true", help="without it: the same as --criterion taylor")
     add("--beta_only", action="store_true", help="with nothing else: the same as --criterion beta")

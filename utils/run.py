@@ -20,7 +20,7 @@ import torchvision
 from models.gate import GatedModel
 from utils.board import Board
 from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.cli import program
+from utils.cli import program, python
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
@@ -67,18 +67,18 @@ class Run:
         self.began = time.perf_counter()
         self.signals = Signals()
         self.board, self._log = Board(), None
-        self.only_now: tuple[str, ...] = ()  # words of the command line not to resume with
+        self.only_now = ""  # a flag of the command line that is not to be resumed with
         self._saved = False
         runtime.on_main(lambda: self._open(logdir, overwrite, last))
 
     def _open(self, logdir: Path, overwrite: bool, last: Checkpoint | None) -> None:
-        # What a run continues in its own folder has been compared already (utils/resume.py).
-        own = any((self.folder / name).exists() for name in ("last.pth", PREVIOUS))
-        changed = "" if last and own else self._another_experiment()
-        if changed and not overwrite:
-            raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
-        self._lock = FolderLock(self.folder)
         with _writable(self.folder, "--output"):
+            # What a run continues in its own folder has been compared already (utils/resume.py).
+            own = any((self.folder / name).exists() for name in ("last.pth", PREVIOUS))
+            changed = "" if last and own else self._another_experiment()
+            if changed and not overwrite:
+                raise InputError(f"{changed}; --overwrite replaces it, another --output keeps both")
+            self._lock = FolderLock(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         try:
@@ -118,8 +118,6 @@ class Run:
         try:
             self.log(f"$ {command_line()}")
             self.board.draw_config(self.config)
-            if self.writes and self._lock.took_over:
-                self.log(f"took the folder over from {self._lock.took_over}, which is gone")
         except BaseException:
             self.__exit__(None, None)
             raise
@@ -134,9 +132,15 @@ class Run:
 
     def _resume_line(self) -> str:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            return "the same torchrun command and --resume"
-        words = [word for word in sys.argv if word not in ("--resume", "-r", *self.only_now)]
-        return shlex.join(["python", *words, "--resume"])
+            without = f" without {self.only_now}" if self.only_now else ""
+            return f"the same torchrun command{without} and --resume"
+        words, rest = [], iter(sys.argv[1:])
+        for word in rest:
+            if word == self.only_now:
+                next(rest, None)  # its value
+            elif word not in ("--resume", "-r") and word.partition("=")[0] != self.only_now:
+                words.append(word)
+        return shlex.join([python(), *program(), *words, "--resume"])
 
     def _close(self) -> None:
         self.board.close()
