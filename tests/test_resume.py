@@ -346,7 +346,9 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
-FolderLock(Path(sys.argv[1])).acquire()
+from utils.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.acquire()
 if os.fork():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=-3, stderr=-3)
     print("locked", flush=True)
@@ -359,11 +361,12 @@ def owner(trained):
     """A process that has the folder, with a fork and a child that outlive it."""
     argv = [sys.executable, "-c", OWNER, str(trained)]
     options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(argv, cwd=ROOT, **options)
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    with subprocess.Popen(argv, cwd=ROOT, **options) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
@@ -375,6 +378,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, mo
     assert snapshot(trained) == before
     owner.kill()
     owner.wait()
+    monkeypatch.setattr("utils.lock.PATIENCE", 5)  # its fork may just have begun
     run_train("--resume")
     assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()
 
