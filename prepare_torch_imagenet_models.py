@@ -153,11 +153,11 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
 
 def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
     """Write the baseline; InputError where that would replace other weights unasked."""
-    if path.exists() and not overwrite:
-        if load_checkpoint(path).digest == Checkpoint(model, {}).digest:
-            return
-        raise InputError(f"{path} holds other weights; use --overwrite to replace them")
     try:
+        if path.exists() and not overwrite:
+            if load_checkpoint(path).digest == Checkpoint(model, {}).digest:
+                return
+            raise InputError(f"{path} holds other weights; use --overwrite to replace them")
         save_checkpoint(path, model, **meta)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); see --output") from error

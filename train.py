@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         meta = data.metadata(args.dataset)
         training = Training(run, runtime, train, test, args.image_size, meta, holdout)
         if args.checkpoint:
-            run.only_now = ("--checkpoint", args.checkpoint)
+            run.only_now = "--checkpoint"
             run.adopt(Path(args.checkpoint), "model_best.pth")
         every = args.checkpoint_every
         tracker = training.fine_tune(model, [training_stage(recipe)], every=every, last=run.last)

@@ -116,7 +116,7 @@ def _has_folder(process: BaseProcess, output: Path) -> bool:
         try:
             if json.loads(lock.read_text())["pid"] == process.pid:
                 return True
-        except (OSError, ValueError):  # gone, or just begun
+        except (OSError, ValueError):  # just begun
             pass
     return False
 

@@ -6,11 +6,12 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from socket import gethostname
 
 import numpy as np
 import pytest
@@ -34,7 +35,6 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import write_atomically
-from utils.lock import FolderLock
 from utils.resume import differences
 from utils.run import Run
 from utils.tracker import Tracker, random_state, set_random_state
@@ -355,7 +355,6 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
     run_train("--epochs", "3", "--output", "broken", "--resume")
     name = "gateresnet20_folder/last.pth"
     assert same_weights(f"whole/{name}", f"broken/{name}")
-    assert not Path("broken/gateresnet20_folder/lock").exists()
 
 
 def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):
@@ -398,7 +397,7 @@ def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):
     os.killpg(running.pid, signal.SIGTERM)
     _, shown = running.communicate(timeout=100)
     assert running.returncode == 143, shown
-    assert "Traceback" not in shown and "continue with: python" in shown
+    assert "Traceback" not in shown and "continue with: " in shown
     load_checkpoint(last)
 
 
@@ -415,7 +414,7 @@ def test_the_exit_code_names_the_signal(tmp_path, signum, code):
     running.send_signal(signum)
     _, shown = running.communicate(timeout=100)
     assert running.returncode == code
-    assert "continue with: python" in shown and shown.rstrip().endswith("--resume")
+    assert "continue with: " in shown and shown.rstrip().endswith("--resume")
     assert "Traceback" not in shown
     load_checkpoint(last)
 
@@ -478,37 +477,65 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
 # Two runs, one folder
 
 
-def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(trained, capsys):
-    lock = trained / "lock"
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    lock.write_text(json.dumps({"pid": sleeper.pid, "host": socket.gethostname()}))
-    with pytest.raises(InputError, match=f"in use by process {sleeper.pid} on "):
-        run_train("--resume")
-    sleeper.kill()
-    sleeper.wait()
+OWNER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from utils.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.acquire()
+if os.fork():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=-3, stderr=-3)
+    print("locked", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def owner(trained):
+    """A process that has the folder, with a fork and a child that outlive it."""
+    argv = [sys.executable, "-c", OWNER, str(trained)]
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(argv, cwd=ROOT, **options) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
+    monkeypatch.setattr("utils.lock.PATIENCE", 0)
+    before = snapshot(trained)
+    for _ in range(2):  # the refused one leaves the owner's name
+        with pytest.raises(InputError, match=f"in use by process {owner.pid} on {gethostname()};"):
+            run_train("--resume")
+    assert snapshot(trained) == before
+    owner.kill()
+    owner.wait()
+    monkeypatch.setattr("utils.lock.PATIENCE", 5)  # its fork may just have begun
     run_train("--resume")
-    assert f"took the folder over from process {sleeper.pid}" in capsys.readouterr().out
-    assert not lock.exists()
-    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    with pytest.raises(InputError, match=r"process 1 on elsewhere.* delete .*lock"):
-        run_train("--resume")
-    lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-    run_train("--resume")  # a container may give every process the same number
-    lock.write_text("")  # its owner was killed while writing it
+    assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_is_waited_for(trained, owner):
+    threading.Timer(0.3, owner.kill).start()
     run_train("--resume")
 
 
-def test_a_lock_is_held_by_one(tmp_path):
-    first = FolderLock(tmp_path)
-    first.acquire()
-    taken = subprocess.run(
-        [sys.executable, "-c", "import sys; from pathlib import Path;"
-         "from utils.lock import FolderLock; FolderLock(Path(sys.argv[1])).acquire()", tmp_path],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert f"in use by process {os.getpid()}" in taken.stderr
-    first.release()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("left", ["", "no json", '{"pid": 1, "host": "elsewhere"}'])
+def test_a_file_alone_blocks_nobody(trained, left, monkeypatch):
+    monkeypatch.setattr("utils.lock.PATIENCE", 0)
+    (trained / "lock").write_text(left)
+    run_train("--resume")
+
+
+def test_a_file_system_without_locks_is_named(place, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(InputError, match="file system without locks .No locks available.*--output"):
+        run_train()
 
 
 # Kill -9

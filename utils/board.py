@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,13 +31,26 @@ class Board:
         first_step: int = 0,
         warn: Callable[[str], None] = print,
     ):
-        self.writer = SummaryWriter(str(logdir), purge_step=first_step) if logdir else None
-        self.warn = warn
+        self.writer, self.warn, self._hook = None, warn, threading.excepthook
+        if logdir:
+            threading.excepthook = self._on_thread_error
+            try:
+                self.writer = SummaryWriter(str(logdir), purge_step=first_step)
+            except OSError:
+                self.close()
+                raise
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """No traceback of TensorBoard's own thread: the next drawing raises its error again."""
+        ours = type(args.thread).__module__.startswith("tensorboard.")
+        if not (ours and isinstance(args.exc_value, OSError)):
+            self._hook(args)
 
     def close(self) -> None:
         if self.writer is not None:
             with suppress(OSError):  # a full disk has been told of already
                 self.writer.close()
+        threading.excepthook = self._hook
 
     def draw_epoch(self, epoch: Epoch, step: int, tested_on: str) -> None:
         """Scalars at ``step``, the epochs since the run began."""
@@ -96,6 +110,9 @@ class Board:
         """The board, if there is one; a run goes on without it where it cannot be written."""
         try:
             yield self.writer
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: a histogram that TensorBoard cannot bin
             self.writer = None
             self.warn(f"warning: no more TensorBoard files: they cannot be written ({error})")

@@ -132,9 +132,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such checkpoint; make one with train.py, or name another with --checkpoint"
-        )
+        raise InputError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -220,7 +218,11 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
 
 def _check_expected(found: str, net: str | None) -> None:
     if net is not None and found != ALIASES.get(net, (net,))[0]:
-        raise InputError(f"holds {found}, not {net}; give --net {found} or another --checkpoint")
+        advice = f"give --net {found} or another --checkpoint"
+        imagenet = found.startswith("resnet")
+        if imagenet != net.startswith("resnet"):
+            advice = f"gfbs_{'imagenet' if imagenet else 'cifar'}.py prunes it"
+        raise InputError(f"holds {found}, not {net}; {advice}")
 
 
 def _build(net: str, num_classes: int) -> GatedModel:

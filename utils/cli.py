@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from models import check_network
 from utils.distributed import leave, lost_a_rank
@@ -59,6 +65,10 @@ def run_script(
     2 for bad input, 1 for a run that cannot go on, 130 and 143 for SIGINT and SIGTERM, each with
     one line on stderr.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started this
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        getattr(sys, stream).reconfigure(errors="backslashreplace")  # names may be of any script
     args = parse_args()
     signals = Signals()
     signals.install()
@@ -72,7 +82,12 @@ def run_script(
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        return _say(1, f"{name}: error: another rank has died or left, so this one stops")
+        said = " ".join(str(error).split())
+        return _say(1, f"{name}: error: another rank has died or left, so this one stops ({said})")
+    except OSError as error:
+        if not (isinstance(error, PermissionError) or error.errno == errno.ENAMETOOLONG):
+            raise
+        return _say(2, f"{name}: error: {error.filename}: {error.strerror}; name another path")
     except Interrupted as stop:
         how = f"; continue with: {stop.resume_with}" if stop.resume_with else ""
         return _say(128 + stop.signum, f"{name}: {stop}{how}")
@@ -92,8 +107,17 @@ def program() -> list[str]:
     return ["-m", spec.name.removesuffix(".__main__")]
 
 
+def python() -> str:
+    """The command that starts this Python from here; its environment may not be activated."""
+    near = os.path.relpath(sys.executable)
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return sys.executable if near.startswith(os.pardir) else near
+
+
 def _say(code: int, line: str) -> int:
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # nobody reads any more
+        print(line, file=sys.stderr)
     return code
 
 
@@ -114,8 +138,10 @@ count = _number(int, 1, 2**31, "a whole number of at least 1")
 count_or_zero = _number(int, 0, 2**31, "a whole number of at least 0")
 ratio = _number(float, 0, 1, "a ratio in [0, 1)")
 share = _number(float, sys.float_info.min, 1 + sys.float_info.epsilon, "a share in (0, 1]")
-positive = _number(float, sys.float_info.min, float("inf"), "a positive number")
-weight = _number(float, 0, float("inf"), "a number of at least 0")
+_FLOAT32 = torch.finfo(torch.float32).max
+positive = _number(float, sys.float_info.min, _FLOAT32, f"a positive number below {_FLOAT32:.2g}")
+weight = _number(float, 0, _FLOAT32, f"a number of at least 0 and below {_FLOAT32:.2g}")
+factor = _number(float, 0, 1e6, "a number of at least 0 and below 1e6")
 
 
 def network(known: Sequence[str]) -> Callable[[str], str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,11 @@ from utils.acceleration import Acceleration
 from utils.errors import InputError, RunError
 
 T = TypeVar("T")
+
+# What gloo, NCCL and torch's store say where the other end of a connection is gone.
+LOST = re.compile(
+    "connection .*(closed|reset|refused)|broken pipe|time(d )?out|ncclRemoteError", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -231,8 +237,7 @@ def _check_options(
 
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether an error is that of a rank whose peers have died or left."""
-    said = str(error).lower()
-    return dist.is_initialized() and any(word in said for word in ("gloo", "nccl", "connection"))
+    return dist.is_initialized() and bool(LOST.search(str(error)))
 
 
 def leave() -> None:

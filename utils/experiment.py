@@ -17,6 +17,7 @@ from utils.budget import least_cost, select_within
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.errors import InputError
+from utils.flags import IMAGENET_NETWORKS
 from utils.pruning import PruningPlan, Ranking, compose_kept, select_channels
 from utils.recipes import Recipes
 from utils.result import add_surgery, first_result
@@ -33,6 +34,11 @@ def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
     else:
         choices = [place / folder / "model_best.pth", place / "model_best.pth"]
         path = next(filter(Path.is_file, choices), choices[0])
+    if not path.is_file():
+        maker = "prepare_torch_imagenet_models.py" if net in IMAGENET_NETWORKS else "train.py"
+        raise InputError(
+            f"{path}: no such checkpoint; make one with {maker}, or name another with --checkpoint"
+        )
     checkpoint = load_checkpoint(path, net)
     checkpoint.model.float()
     return checkpoint
@@ -179,12 +185,13 @@ class Experiment(Training):
         def choose() -> PruningPlan:
             try:
                 saliency = self._score(model, args, step)
-                self.run.board.draw_saliency(saliency, done)
-                return self._select(model, saliency, args, result, step / (args.steps or 1))
+                plan = self._select(model, saliency, args, result, step / (args.steps or 1))
             except InputError:
                 raise
             except ValueError as error:
                 raise InputError(f"the network cannot be scored: {error}") from error
+            self.run.board.draw_saliency(saliency, done)
+            return plan
 
         return self.runtime.on_main(choose)
 

@@ -14,6 +14,7 @@ from utils.cli import (
     channel_values,
     count,
     count_or_zero,
+    factor,
     gpu_ids,
     network,
     positive,
@@ -164,7 +165,7 @@ def add_pruning_flags(
     add("--scope", choices=SCOPES,
         help="rank the channels of the whole network together, or cut the same share of every group"
              f" (default: layer for {by_layer}, global for the others)")
-    add("--w_beta", type=weight, default=0.05, metavar="X", help="weight of the beta term of gfbs")
+    add("--w_beta", type=factor, default=0.05, metavar="X", help="weight of the beta term of gfbs")
     add("--beta", action="store_true", default=True, help="score with the beta term, as usual")
     add("--no_beta", action="store_true", help="without it: the same as --criterion taylor")
     add("--beta_only", action="store_true", help="with nothing else: the same as --criterion beta")

@@ -2,75 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from utils.errors import InputError
+
+PATIENCE = 10  # seconds: an NFS server may take a while to notice that an owner has died
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class FolderLock:
-    """A file ``lock`` that says which process, on which host, writes into the folder.
+    """The kernel's lock on the file ``lock`` in a folder: it ends with the process that holds it.
 
-    A lock whose process is gone from this host is taken over; ``took_over`` says whose it was.
+    The file names its last owner and stays: a file alone blocks nobody.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / "lock"
-        self.mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        self.took_over = ""
+        self._lock = FileLock(self.path, fallback_to_soft=False, on_acquired=_sign)
 
     def acquire(self) -> None:
-        """Raise InputError, naming the owner, where another process has the folder."""
-        draft = self.path.with_name(f".lock.{os.getpid()}.tmp")
-        draft.write_text(self.mine)
+        """Raise InputError, naming the owner, where another process keeps the folder."""
         try:
-            while True:
-                try:
-                    os.link(draft, self.path)  # appears whole, and fails where there is one
-                    return
-                except FileExistsError:
-                    self._set_stale_aside(draft.with_suffix(".stale.tmp"))
-        finally:
-            draft.unlink(missing_ok=True)
+            self._lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise InputError(
+                f"{self.path.parent} is in use by {self._owner()};"
+                " wait for it, or choose another --output"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise InputError(
+                f"{self.path.parent} is on a file system without locks ({error.strerror});"
+                " choose another --output"
+            ) from error
 
     def release(self) -> None:
-        if self.path.exists() and self.path.read_text() == self.mine:
-            self.path.unlink(missing_ok=True)
+        self._lock.release()
 
-    def _set_stale_aside(self, aside: Path) -> None:
+    def _owner(self) -> str:
         try:
-            seen = self.path.read_text()
-        except FileNotFoundError:
-            return  # just released
-        try:
-            owner = json.loads(seen)
-            pid, host = int(owner["pid"]), str(owner["host"])
-        except (ValueError, KeyError, TypeError):  # not written by this program
-            pid, host = 0, socket.gethostname()
-        elsewhere = host != socket.gethostname()
-        if elsewhere or (pid not in (0, os.getpid()) and _is_alive(pid)):
-            raise InputError(
-                f"{self.path.parent} is in use by process {pid} on {host};"
-                f" wait for it, choose another --output, or delete {self.path} if it is gone"
-            )
-        try:
-            os.rename(self.path, aside)  # of several that see it stale, one succeeds
-        except FileNotFoundError:
-            return
-        if aside.read_text() != seen:  # another took it over in between: give it back
-            os.rename(aside, self.path)
-            return
-        aside.unlink()
-        self.took_over = f"process {pid} on {host}"
+            owner = json.loads(self.path.read_text())
+            return f"process {owner['pid']} on {owner['host']}"
+        except (OSError, ValueError):  # it has the lock and is about to write its name
+            return "another process"
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _sign(handle: int) -> None:
+    os.truncate(handle, 0)
+    os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

@@ -38,7 +38,10 @@ def existing_run(
     Raises InputError for a run of another configuration, and for an unfinished one unless
     ``resume`` says to continue it.
     """
-    present = [name for name in RESULTS if (folder / name).exists()]
+    try:
+        present = [name for name in RESULTS if (folder / name).exists()]
+    except OSError as error:  # no permission, or a name that is too long
+        raise InputError(f"{folder}: cannot be read ({error}); see --output") from None
     if overwrite or not present:
         return None
     keep = "--overwrite replaces it, another --output keeps both"

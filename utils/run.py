@@ -19,7 +19,7 @@ import torchvision
 from models.gate import GatedModel
 from utils.board import Board
 from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.cli import program
+from utils.cli import program, python
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
@@ -79,7 +79,7 @@ class Run:
         self.began = time.perf_counter()
         self.signals = Signals()
         self.board, self._log = Board(), None
-        self.only_now: tuple[str, ...] = ()  # words of the command line not to resume with
+        self.only_now = ""  # a flag of the command line that is not to be resumed with
         self._saved = False
         self.last: Checkpoint | None = None
         path = runtime.on_main(lambda: self._open(logdir, net, resume, overwrite, checkpoint))
@@ -92,8 +92,8 @@ class Run:
         self, logdir: Path, net: str, resume: bool, overwrite: bool, checkpoint: Path | None
     ) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
-        self._lock = FolderLock(self.folder)
         with _writable(self.folder, "--output"):
+            self._lock = FolderLock(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         try:
@@ -136,8 +136,6 @@ class Run:
         try:
             self.log(f"$ {command_line()}")
             self.board.draw_config(self.config)
-            if self.writes and self._lock.took_over:
-                self.log(f"took the folder over from {self._lock.took_over}, which is gone")
         except BaseException:
             self.__exit__(None, None)
             raise
@@ -152,9 +150,15 @@ class Run:
 
     def _resume_line(self) -> str:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            return "the same torchrun command and --resume"
-        words = [word for word in sys.argv if word not in ("--resume", "-r", *self.only_now)]
-        return shlex.join(["python", *words, "--resume"])
+            without = f" without {self.only_now}" if self.only_now else ""
+            return f"the same torchrun command{without} and --resume"
+        words, rest = [], iter(sys.argv[1:])
+        for word in rest:
+            if word == self.only_now:
+                next(rest, None)  # its value
+            elif word not in ("--resume", "-r", "--overwrite") and word.partition("=")[0] != self.only_now:
+                words.append(word)
+        return shlex.join([python(), *program(), *words, "--resume"])
 
     def _close(self) -> None:
         self.board.close()
