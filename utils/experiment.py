@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,11 @@ from utils.training import Stage, Training, training_stage
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
     """The network to prune: a file, or ``model_best.pth`` in ``place/folder`` or in ``place``."""
     place = Path(place)
-    if place.is_file() or (place.suffix and not place.is_dir()):
+    if os.path.isfile(place) or (place.suffix and not os.path.isdir(place)):
         path = place
     else:
         choices = [place / folder / "model_best.pth", place / "model_best.pth"]
-        path = next(filter(Path.is_file, choices), choices[0])
+        path = next(filter(os.path.isfile, choices), choices[0])
     checkpoint = load_checkpoint(path, net)
     checkpoint.model.float()
     return checkpoint
