@@ -130,7 +130,7 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
     network, and where the logits differ by more than rounding.
     """
     try:
-        num_classes = len(state["fc.bias"])
+        num_classes = len(state["fc.weight"])
         original = torchvision.models.get_model(net, weights=None, num_classes=num_classes).eval()
         original.load_state_dict(state)
         model = build_model(net, num_classes).eval()

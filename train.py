@@ -12,6 +12,7 @@ _synthetic for data other than CIFAR-10.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def find_named(path: Path, folder: Path) -> Path:
     """What --checkpoint names: a last.pth, or the folder of one."""
-    path = path / "last.pth" if path.is_dir() else path
+    path = path / "last.pth" if os.path.isdir(path) else path
     own = folder / "last.pth"
     if own.exists() and path.resolve() != own.resolve():
         raise InputError(

@@ -188,7 +188,7 @@ class GatedModel(nn.Module):
     def replace_head(self, num_classes: int) -> None:
         """Put a freshly initialised classifier for ``num_classes`` in the place of the present."""
         old = self.get_submodule(self.head)
-        setattr(self, self.head, nn.Linear(old.in_features, num_classes))
+        self.set_submodule(self.head, nn.Linear(old.in_features, num_classes))
         self.num_classes = num_classes
 
     def init_weights(self) -> None:

@@ -56,11 +56,12 @@ def test_a_loaded_network_is_whole(tmp_path):
     model = prune(
         random_model("gateresnet20").double(), random_plan(random_model("gateresnet20"), 1)
     )
-    save_checkpoint(tmp_path / "a.pth", model, classes=["x", "y"], normalisation={"mean": [0.5]})
+    meta = {"classes": ["x", "y"], "normalisation": {"mean": [0.5] * 3, "std": (0.1, 1, 2)}}
+    save_checkpoint(tmp_path / "a.pth", model, **meta)
     state = torch.get_rng_state()
     loaded = load_checkpoint(tmp_path / "a.pth")
     assert torch.equal(torch.get_rng_state(), state)
-    assert loaded.meta == {"classes": ["x", "y"], "normalisation": {"mean": [0.5]}}
+    assert loaded.meta == meta
     assert loaded.model.kept == model.kept and loaded.model.net == "gateresnet20"
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name

@@ -20,7 +20,8 @@ from utils.errors import InputError, RunError
 from utils.pruning import PruningPlan
 from utils.surgery import prune
 
-META = {"image_size": 32, "classes": [str(i) for i in range(10)], "normalisation": {"mean": [0.5]}}
+META = {"image_size": 32, "classes": [str(i) for i in range(10)]}
+META["normalisation"] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 FAMILIES = ["gatevgg11", "gateresnet20", "resnet18", "resnet50", "gatemobilenetv2"]
 DENSE = ["gatedensenet40", "gatedensenet100_bc"]  # most of their norms follow a concatenation
 

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 from conftest import random_batch
+from torch import nn
 
-from models import ALIASES, NETWORKS, ChannelGroup, Gate, build_model
+from models import ALIASES, NETWORKS, ChannelGroup, Gate, GatedModel, build_model
 from utils.cost import model_cost
 
 
@@ -95,6 +96,31 @@ def test_alias_has_a_hundred_classes_and_no_other_number():
     assert (model.net, model.num_classes) == ("gateresnet56", 100)
     with pytest.raises(ValueError, match="100 classes, not 10"):
         build_model("gateresnet56_c100", 10)
+
+
+class Nested(GatedModel):
+    """The least network whose classifier is inside another module."""
+
+    head = "classifier.1"
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.conv, self.norm, self.gate = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Gate(4)
+        self.classifier = nn.Sequential(nn.Dropout(0.0), nn.Linear(4, num_classes))
+
+    def forward(self, x):
+        return self.classifier(self.gate(self.norm(self.conv(x))).relu().mean((2, 3)))
+
+    def _channel_groups(self):
+        yield ChannelGroup.around(["gate"], ["norm"], ["conv"], [self.head])
+
+
+def test_a_new_head_takes_the_place_of_the_old_one_inside_another_module():
+    model = Nested(3)
+    model.replace_head(5)
+    images, _ = random_batch(2)
+    assert model(images).shape == (2, 5) and model.num_classes == 5
+    assert set(model.state_dict()) == set(Nested(5).state_dict())
 
 
 def test_other_image_sizes_work():

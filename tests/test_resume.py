@@ -556,5 +556,5 @@ def test_poisoned_weights_are_refused_with_the_layers_name(place):
     model = random_model("gateresnet20", 2)
     model.layer1[0].bn1.bias.data[2] = float("nan")
     save_checkpoint("poisoned.pth", model)
-    with pytest.raises(InputError, match=r"layer1\.0\.gate1 is not finite|cannot be scored"):
+    with pytest.raises(InputError, match=r"poisoned\.pth: layer1\.0\.bn1\.bias is not finite"):
         run_gfbs("--checkpoint", "poisoned.pth")

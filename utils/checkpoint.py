@@ -15,11 +15,14 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Mapping
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,10 +30,11 @@ from torch import Tensor
 from models import ALIASES, NETWORKS, GatedModel, build_model, check_network
 from utils.errors import InputError
 from utils.files import write_atomically
+from utils.metadata import FORMAT, check_entries, check_format
 from utils.pruning import PruningPlan
 from utils.surgery import prune
 
-FORMAT = "gfbs/1"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,10 @@ def save_checkpoint(
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 over tensors and plain values, with their types, shapes and order."""
+    """SHA-256 over tensors and plain values, with their types, shapes and order.
+
+    Raises ValueError for any other value.
+    """
     digest = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -79,8 +86,10 @@ def checksum(content: Any) -> str:
             digest.update(f"sequence {len(value)}".encode())
             for entry in value:
                 feed(entry)
-        else:
+        elif isinstance(value, (str, int, float, type(None))):
             digest.update(f"{type(value).__name__} {value!r};".encode())
+        else:
+            raise ValueError(f"a {type(value).__name__} is no plain value")
 
     feed(content)
     return digest.hexdigest()
@@ -103,59 +112,127 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
         path: the file.
         net: the network that is expected, if any; an alias counts as its network.
 
-    Raises InputError, naming the file, where it is missing, not safe to load, damaged, or of
-    another network.
+    Raises InputError, naming the file, where it is missing, not safe to load, damaged, of another
+    network, or holds a weight or a running statistic that is not finite.
     """
-    path = Path(path)
-    content = _read(path)
-    try:
+    with _naming(path):
+        content = _read(Path(path))
         if isinstance(content, Mapping) and "format" in content:
             return _load_ours(content, net)
         return _load_foreign(content, net)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        kind = type(error).__name__
-        raise InputError(
-            f"{path}: damaged, or not made by this project ({kind}: {error})"
-        ) from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file, out of its wrapper and without ``module.``; InputError if none."""
-    content = _read(Path(path))
+    """The state dict of a file, out of its wrapper and without ``module.``.
+
+    Raises InputError where there is none, and as ``load_checkpoint`` does.
+    """
+    with _naming(path):
+        return _unwrap(_read(Path(path)))
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
     try:
-        return _unwrap(content)
+        yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    """The content of a file; it takes no more memory than the file has bytes."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            content = _unpickle(file, status.st_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError("no such checkpoint") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot be read ({reason})") from error
+    _check_sizes(content, status.st_size)
+    return content
+
+
+def _unpickle(file: IO[bytes], size: int) -> Any:
+    try:
+        if file.read(4) == b"PK\3\4":  # as torch tells its zip files from its old format
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise InputError("damaged: it is compressed, and torch.save compresses nothing")
+            if sum(entry.file_size for entry in entries) > size:
+                raise InputError("damaged: its parts are larger than the whole file")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (InputError, OSError):
+        raise
     except pickle.UnpicklingError as error:
         reason = "it is damaged, or holds other things than tensors and plain values"
-        raise InputError(f"{path}: cannot be loaded safely: {reason}") from error
+        raise InputError(f"cannot be loaded safely: {reason}") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
-        raise InputError(f"{path}: damaged, or no checkpoint ({type(error).__name__})") from error
+        raise InputError(f"damaged, or no checkpoint ({type(error).__name__})") from error
+
+
+def _check_sizes(content: Any, size: int) -> None:
+    """Refuse tensors and containers that take more than the ``size`` bytes of their file.
+
+    A few bytes can stand for a tensor that repeats them without end, or for lists that hold each
+    other. Tensors that share their storage, such as tied weights, count once.
+    """
+    entries, found, storages = [("content", content)], 0, {}
+    while entries:
+        name, value = entries.pop()
+        found += 1
+        if isinstance(value, Mapping):
+            entries += [(key if isinstance(key, str) else name, v) for key, v in value.items()]
+            entries += [(name, key) for key in value]
+        elif isinstance(value, (list, tuple)):
+            entries += [(name, v) for v in value]
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+                raise InputError(f"damaged: {name!r} is sparse, nested or without values")
+            storage = value.untyped_storage()
+            if value.numel() * value.element_size() > storage.nbytes():
+                raise InputError(f"damaged: {name!r} is larger than what the file holds of it")
+            storages[storage.data_ptr()] = storage.nbytes()
+        if found > size:
+            raise InputError(f"damaged: {name!r} holds more values than the file has bytes")
+    if sum(storages.values()) > size:
+        raise InputError("damaged: its tensors are larger than the whole file")
 
 
 def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
-    if content["format"] != FORMAT:
-        raise InputError(f"of format {content['format']!r}; this version reads {FORMAT!r}")
+    check_format(content)
     body = {key: value for key, value in content.items() if key != "sha256"}
-    if checksum(body) != content["sha256"]:
+    try:
+        fits = checksum(body) == content.get("sha256")
+    except (RuntimeError, ValueError) as error:  # nested without end, or of an odd type
+        raise InputError(f"damaged, or not made by this project ({error})") from error
+    if not fits:
         raise InputError("damaged: the checksum does not fit the content")
-    network = content["network"]
-    _check_expected(network["net"], net)
-    head = f"{NETWORKS[check_network(network['net'], list(NETWORKS))].func.head}.bias"
-    if network["num_classes"] != len(content["state_dict"][head]):  # before anything is built
-        raise InputError(f"damaged: {network['num_classes']} classes do not fit {head}")
-    model = _build(network["net"], network["num_classes"])
-    prune(model, PruningPlan(network["kept"]))
-    _load_state(model, content["state_dict"])
+    check_entries(content)
+    network, state = content["network"], _finite(content["state_dict"])
+    name, num_classes = network["net"], network["num_classes"]
+    _check_expected(name, net)
+    try:
+        check_network(name, list(NETWORKS))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    found = _count_classes(_skeleton(name, 1), state)
+    if num_classes != found:  # before anything is built
+        raise InputError(f"damaged: it says {num_classes} classes, its weights have {found}")
+    skeleton = _skeleton(name, num_classes)
+    widths = skeleton.group_widths()
+    try:
+        plan = PruningPlan(dict(network["kept"])).losses(widths)
+    except ValueError as error:
+        raise InputError(f"damaged: {error}") from error
+    _check_fits(prune(skeleton, plan), state)
+    model = prune(_build(name, num_classes), plan)
+    _load_state(model, state)
     about_itself = ("format", "network", "state_dict")
     return Checkpoint(model, {k: v for k, v in body.items() if k not in about_itself})
 
@@ -165,7 +242,9 @@ def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     found, num_classes = infer_network(state)
     _check_expected(found, net)
     model = _build(found, num_classes)
-    _load_state(model, {**_optional(model.state_dict()), **state})
+    state = {**_optional(model.state_dict()), **state}
+    _check_fits(model, state)
+    _load_state(model, state)
     said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
     meta = {name: value for name, value in said.items() if isinstance(value, (int, float))}
     return Checkpoint(model, meta)
@@ -177,13 +256,21 @@ def _unwrap(content: Any) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             state = content[wrapper]
             break
+    return {name.removeprefix("module."): tensor for name, tensor in _finite(state).items()}
+
+
+def _finite(state: Any) -> Mapping[str, Tensor]:
+    """Raise InputError unless ``state`` is a state dict whose weights are finite."""
     if (
         not isinstance(state, Mapping)
         or not state
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     ):
         raise InputError("no state dict, neither bare nor in 'net', 'state_dict' or 'model'")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
+            raise InputError(f"{name} is not finite; take a checkpoint from before it diverged")
+    return state
 
 
 def _optional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,23 +284,38 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
     Raises InputError where none does, with the nearest network and what is odd about the file.
     """
     given = state.keys() - _optional(state).keys()
-    nearest: tuple[int, str] = (len(state) + 1, "")
-    for net, factory in NETWORKS.items():
-        head = state.get(f"{factory.func.head}.weight")
-        if head is None or head.dim() != 2:
-            continue
-        with torch.device("meta"):
-            expected = build_model(net, len(head)).state_dict()
+    pruned, nearest = "", (len(state) + 1, "")
+    for net in NETWORKS:
+        model = _skeleton(net, 1)
+        expected = model.state_dict()
         odd = sorted(given ^ (expected.keys() - _optional(expected).keys()))
-        if not odd and all(state[name].shape == expected[name].shape for name in given):
-            return net, len(head)
-        if not odd:
-            raise InputError(
-                f"has the layers of {net} in other widths: a pruned network, which cannot be"
-                " rebuilt without its plan; prune the unpruned checkpoint again"
-            )
-        nearest = min(nearest, (len(odd), f"; {net} comes nearest but for {', '.join(odd[:3])}"))
+        if odd:
+            hint = f"; {net} comes nearest but for {', '.join(odd[:3])}"
+            nearest = min(nearest, (len(odd), hint))
+            continue
+        num_classes = _count_classes(model, state)
+        expected = _skeleton(net, max(num_classes, 1)).state_dict()
+        if all(state[name].shape == expected[name].shape for name in given):
+            return net, num_classes
+        pruned = net
+    if pruned:
+        raise InputError(
+            f"has the layers of {pruned} in other widths: a pruned network, which cannot be"
+            " rebuilt without its plan; prune the unpruned checkpoint again"
+        )
     raise InputError(f"its layers are those of no known network{nearest[1]}")
+
+
+def _skeleton(net: str, num_classes: int) -> GatedModel:
+    """A network without memory for its weights: names and shapes alone."""
+    with torch.device("meta"):
+        return build_model(net, num_classes)
+
+
+def _count_classes(model: GatedModel, state: Mapping[str, Tensor]) -> int:
+    """Outputs of the classifier in ``state``, by ``model``'s name for it; 0 if there is none."""
+    head = state.get(f"{model.head}.weight")
+    return 0 if head is None or head.numel() == 0 else (*head.shape, 1)[0]
 
 
 def _check_expected(found: str, net: str | None) -> None:
@@ -236,3 +338,17 @@ def _load_state(model: GatedModel, state: Mapping[str, Tensor]) -> None:
     types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(reduce(torch.promote_types, types, torch.float16 if types else torch.float32))
     model.load_state_dict(state, strict=True)
+
+
+def _check_fits(model: GatedModel, state: Mapping[str, Tensor]) -> None:
+    """Raise InputError, naming the tensor, unless the weights are those of such a network."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        raise InputError(f"damaged: {name} is missing, or there is no such layer in {model.net}")
+    for name, tensor in state.items():
+        fitting = expected[name]
+        if tensor.shape != fitting.shape:
+            shapes = f"{list(tensor.shape)}, not {list(fitting.shape)}"
+            raise InputError(f"damaged: {name} is of shape {shapes}")
+        if tensor.dtype not in (FLOATS if fitting.is_floating_point() else (fitting.dtype,)):
+            raise InputError(f"damaged: {name} is of {tensor.dtype}, not like {fitting.dtype}")

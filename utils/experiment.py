@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,16 +30,20 @@ from utils.training import Stage, Training, training_stage
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
     """The network to prune: a file, or ``model_best.pth`` in ``place/folder`` or in ``place``."""
     place = Path(place)
-    if place.is_file() or (place.suffix and not place.is_dir()):
+    if os.path.isfile(place) or (place.suffix and not os.path.isdir(place)):
         path = place
     else:
         choices = [place / folder / "model_best.pth", place / "model_best.pth"]
-        path = next(filter(Path.is_file, choices), choices[0])
-    if not path.is_file():
+        path = next(filter(os.path.isfile, choices), choices[0])
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         maker = "prepare_torch_imagenet_models.py" if net in IMAGENET_NETWORKS else "train.py"
         raise InputError(
             f"{path}: no such checkpoint; make one with {maker}, or name another with --checkpoint"
-        )
+        ) from None
+    except OSError:
+        pass  # load_checkpoint says why it cannot be read
     checkpoint = load_checkpoint(path, net)
     checkpoint.model.float()
     return checkpoint

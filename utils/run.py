@@ -156,7 +156,10 @@ class Run:
         for word in rest:
             if word == self.only_now:
                 next(rest, None)  # its value
-            elif word not in ("--resume", "-r", "--overwrite") and word.partition("=")[0] != self.only_now:
+            elif (
+                word not in ("--resume", "-r", "--overwrite")
+                and word.partition("=")[0] != self.only_now
+            ):
                 words.append(word)
         return shlex.join([python(), *program(), *words, "--resume"])
 
