@@ -3,9 +3,10 @@
     python -m experiments.torch_pruning_taylor --net gateresnet56 --macs 0.5 --epochs 10 --cosine
 
 Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. The groups
-of channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance``, with the default
-settings, of gradients in eval mode. The channels of lowest importance go, over the whole network,
-until the budget is met, and the surgery is ours: Torch-Pruning cannot cut zero-padding shortcuts.
+of channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance``, with the
+default settings, of gradients in eval mode. The channels of lowest importance go, over the whole
+network, until the budget is met. The surgery is ours: Torch-Pruning cannot cut zero-padding
+shortcuts.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from utils.batches import Batches
 from utils.data import CIFAR10_NORMALISATION, ImageSet
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError, RunError
+from utils.files import write_json
 from utils.finetune import Watch, evaluate, fit
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE, CIFAR_RECIPES, Cosine, Recipe
 
@@ -189,6 +190,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
 
     with pytest.raises(RunError, match="batch 1"):  # what has diverged is not to be saved
         fit(model, train, test, recipe, CPU, watch=Save())
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run():
+    model, test = random_model("gateresnet20"), small_batches()
+    message = r"^the loss is not finite in the evaluation, batch 1: [^-]*broken$"
+    broken = copy.deepcopy(model)
+    broken.bn1.running_mean.fill_(float("nan"))
+    with pytest.raises(RunError, match=message):
+        evaluate(broken, test, CPU)
+
+    class Poison(Watch):
+        def after_batch(self, batch, state):
+            model.linear.weight.data[0, 0] = 3e38  # finite, and no training follows
+
+    recipe = Recipe(1, 0.1, 0, milestones=(1,), gamma=1)
+    train = small_batches(batch_size=24, augment=True)
+    with pytest.raises(RunError, match="not finite in the evaluation, batch 1"):
+        fit(model, train, test, recipe, CPU, watch=Poison())
+
+
+def test_an_evaluation_that_is_not_finite_on_one_rank_ends_all_of_them():
+    class First(Runtime):
+        def minimum(self, values):
+            return values.clamp(max=2)  # the other's second batch is bad
+
+    with pytest.raises(RunError, match="evaluation, batch 2"):
+        evaluate(random_model("gateresnet20"), small_batches(), First(torch.device("cpu")))
+
+
+def test_json_holds_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "result.json", {"loss": math.nan})
+    assert not list(tmp_path.iterdir())
 
 
 def test_devices(monkeypatch):

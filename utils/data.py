@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.hub import download_url_to_file
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -172,16 +174,19 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
             f"--image_size {image_size}: {dataset} has images of 32 pixels; leave the flag out"
         )
     else:
-        train, test, classes = _read_cifar(
-            {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset], Path(data_dir)
-        )
+        with _readable(Path(data_dir)):
+            train, test, classes = _read_cifar(
+                {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset], Path(data_dir)
+            )
     return ImageData(train, test, classes, NORMALISATIONS[dataset])
 
 
 def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
     archive = root / source.filename
     advice = f"put {source.filename} into {root} and run again, or see --data_dir"
-    if not (root / source.base_folder).is_dir():
+    if (root / source.base_folder).is_dir():
+        os.listdir(root / source.base_folder)  # torchvision would try to download it once more
+    else:
         try:
             if not archive.is_file():
                 root.mkdir(parents=True, exist_ok=True)
@@ -204,7 +209,20 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 def _read_folders(root: Path, image_size: int) -> tuple[ImageSet, ImageSet, list[str]]:
     train, test, classes = list_folders(root, TEST_FOLDERS)
-    return _read_images(train, image_size), _read_images(test, image_size), classes
+    images = _read_images(train + test, image_size)
+    return images[: len(train)], images[len(train) :], classes
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn an OSError, such as a missing permission, into a line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or place}: cannot be read ({error.strerror or error});"
+            " check the name and the permissions, or see --data_dir"
+        ) from None
 
 
 def list_folders(
@@ -217,10 +235,12 @@ def list_folders(
 
     Raises InputError where a folder is missing or empty, or the two have different classes.
     """
-    test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or test_root is None:
+    with _readable(root):
+        test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
+        has_train = (root / "train").is_dir()
+    if not has_train or test_root is None:
         wanted = " or ".join(f"{root / name}/<class>/" for name in test_names)
-        missing = wanted if (root / "train").is_dir() else f"{root}/train/<class>/"
+        missing = wanted if has_train else f"{root}/train/<class>/"
         raise InputError(f"--data_dir {root}: there is no folder {missing} with images")
     train, classes = list_images(root / "train")
     test, test_classes = list_images(test_root)
@@ -263,37 +283,90 @@ def data_identity(dataset: str, data_dir: str, test_names: Sequence[str]) -> dic
 def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     """(path, label) of all images below ``root/<class>/``, sorted, and the class names.
 
-    Raises InputError for a class without images.
+    Raises InputError for fewer than two classes, a class without images, a name that cannot be
+    printed, a folder that cannot be read, and a link to a folder that it lies in itself.
     """
-    try:
-        classes, class_to_idx = find_classes(str(root))
-        return make_dataset(str(root), class_to_idx, IMG_EXTENSIONS), classes
-    except OSError as error:  # torchvision names the classes that have no image
-        raise InputError(f"{root} must hold one folder of images per class: {error}") from None
+    with _readable(root):
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        for name in classes:  # bytes that are not UTF-8, and what would steer a terminal
+            if not name.isprintable():
+                raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
+        if len(classes) < 2:
+            found = f"only {classes[0]!r}" if classes else "none"
+            raise InputError(
+                f"{root} must hold one folder of images per class, of at least two classes; there"
+                f" is {found}; add one, or see --data_dir"
+            )
+        samples = []
+        for label, name in enumerate(classes):
+            paths = [path for path in _files(root / name) if path.lower().endswith(IMG_EXTENSIONS)]
+            if not paths:
+                raise InputError(
+                    f"{root / name}: there is no image; add some ({', '.join(IMG_EXTENSIONS)}),"
+                    " or remove the folder"
+                )
+            samples += [(path, label) for path in paths]
+    return samples, classes
+
+
+def _files(top: Path) -> list[str]:
+    """All files below a folder, through links too, folder by folder in the order of names."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, _, names in os.walk(top, onerror=fail, followlinks=True):
+        above = map(os.path.realpath, Path(folder).absolute().parents)
+        if os.path.islink(folder) and os.path.realpath(folder) in above:
+            raise InputError(f"{folder} is a link to a folder that it lies in; remove the link")
+        found.append((folder, sorted(names)))
+    return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]
 
 
 def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
-    def read(path: str) -> np.ndarray:
-        image = read_image(path)
-        if image.size != (image_size, image_size):
-            image = transforms.center_crop(transforms.resize(image, [image_size]), [image_size])
-        return np.asarray(image)
+    ignore_warnings_of_pillow()
+    pixels = np.empty((len(samples), image_size, image_size, 3), np.uint8)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        paths = [path for path, _ in samples]
-        pixels = list(
+    def read(index: int) -> tuple[int, int]:
+        image = read_image(samples[index][0])
+        size = image.size
+        if size != (image_size, image_size):
+            image = transforms.center_crop(transforms.resize(image, [image_size]), [image_size])
+        pixels[index] = image
+        return size
+
+    # Its end does not wait for the images that are still to be read, as that of an executor does.
+    with ThreadPool(os.cpu_count()) as pool:
+        sizes = list(
             tqdm(
-                pool.map(read, paths),
+                pool.imap(read, range(len(samples))),
                 "reading images",
-                len(paths),
+                len(samples),
                 leave=False,
                 disable=not sys.stderr.isatty(),
             )
         )
+    small = [size for size in sizes if min(size) < image_size]
+    if small:
+        width, height = min(small)
+        print(
+            f"warning: {len(small)} of {len(samples)} images are smaller than --image_size"
+            f" {image_size} and are enlarged; the smallest is {width}x{height}",
+            file=sys.stderr,
+        )
     return ImageSet(
-        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
         torch.tensor([label for _, label in samples]),
     )
+
+
+def ignore_warnings_of_pillow() -> None:
+    """It warns of odd files that it reads all the same.
+
+    To be called once, before any thread reads: filters are the whole process's.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str) -> Image.Image:

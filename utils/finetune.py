@@ -21,6 +21,7 @@ from utils.tally import Metrics, Tally, progress
 
 # Batches between two looks at whether the loss is finite; each waits for the device.
 CHECK_EVERY = 100
+DIVERGED = "training has diverged; the last good checkpoint is kept; try a lower --lr"
 
 
 def evaluate(
@@ -32,19 +33,20 @@ def evaluate(
     """Loss and accuracy of ``model`` in eval mode, over all ranks' batches; its mode is restored.
 
     Running statistics are those of rank 0, on every rank from here on. ``after_batch`` is called
-    after every batch.
+    after every batch. Raises RunError, on every rank, where the loss is not finite.
     """
     runtime.sync_buffers(model)
     network, was_training = runtime.for_evaluation(model), model.training
     tally = Tally(runtime)
     model.eval()
     with torch.inference_mode(), folded_gates(model):
-        for images, labels in progress(batches, "evaluate", tally):
+        for number, (images, labels) in enumerate(progress(batches, "evaluate", tally), start=1):
             logits = network(images)
-            tally.add(logits, labels, F.cross_entropy(logits, labels))
+            tally.add(logits, labels, F.cross_entropy(logits, labels), number)
             if after_batch:
                 after_batch()
     model.train(was_training)
+    tally.check("the evaluation", "weights, running statistics or images are broken")
     return tally.metrics()
 
 
@@ -103,19 +105,16 @@ class Trainer:
                 logits, loss = self.step(*batch)
                 tally.add(logits, batch[1], loss, number)
                 if number % CHECK_EVERY == 0:
-                    tally.check(where)
+                    tally.check(where, DIVERGED)
                 yield number
-        tally.check(where)
+        tally.check(where, DIVERGED)
 
     def check_weights(self, where: str) -> None:
         """Raise RunError if the last step has left weights or statistics that are not finite."""
         tensors = self.model.state_dict().values()
         finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
         if not torch.stack(finite).all():
-            raise RunError(
-                f"the weights are not finite after {where}: training has diverged;"
-                " the last good checkpoint is kept; try a lower --lr"
-            )
+            raise RunError(f"the weights are not finite after {where}: {DIVERGED}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def fit(
     ) -> dict[str, Any]:
         """After ``batch`` batches of the epoch that follows ``epoch`` whole ones."""
         if tally:
-            tally.check(where)  # what has diverged is never saved
+            tally.check(where, DIVERGED)  # what has diverged is never saved
             trainer.check_weights(where)
         sums = tally.all_sums() if tally else None
         return {"epoch": epoch, "batch": batch, "sums": sums, **trainer.state_dict()}

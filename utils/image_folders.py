@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional
 
 from utils.batches import random_stream, split_batches
 from utils.checkpoint import Checkpoint
-from utils.data import ImageSamples, Normalisation, read_image
+from utils.data import ImageSamples, Normalisation, ignore_warnings_of_pillow, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
 
@@ -135,6 +135,7 @@ class FolderBatches:
             self.loader._iterator = None
 
     def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
+        ignore_warnings_of_pillow()
         # More workers than cores is for whoever sets --workers to judge.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return DataLoader(
@@ -144,7 +145,7 @@ class FolderBatches:
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
             persistent_workers=persistent and self.workers > 0,
-            worker_init_fn=_leave_group if hasattr(os, "setpgid") else None,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # so that it leaves the global random state alone
         )
 
@@ -186,11 +187,15 @@ class FolderBatches:
         return torch.cat(images), torch.cat(labels)
 
 
-def _leave_group(worker: int) -> None:
-    """Ctrl-C and schedulers signal a whole group; what becomes of it is the main process's to say.
+def _start_worker(worker: int) -> None:
+    """Leave the group: Ctrl-C and schedulers signal all of it, and what becomes of it is the main
+    process's to say.
 
-    It ends its workers itself, and they end by themselves where it is gone.
+    That ends its workers itself, and they end by themselves where it is gone.
     """
+    ignore_warnings_of_pillow()  # a worker that is not a fork has its own filters
+    if not hasattr(os, "setpgid"):
+        return
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

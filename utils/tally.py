@@ -41,7 +41,7 @@ class Tally:
         self.sums = torch.tensor(start, dtype=exact, device=runtime.device)
         self.first_bad = torch.full((), math.inf, dtype=exact, device=runtime.device)
 
-    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor, batch: int = 0) -> None:
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor, batch: int) -> None:
         best = logits.detach().topk(min(5, logits.shape[1])).indices
         hits = best == labels[:, None]
         loss = mean_loss.detach()
@@ -60,14 +60,11 @@ class Tally:
         count = max(images, 1)
         return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, why: str) -> None:
         """Raise RunError, on every rank, if the loss of a batch was not finite."""
         first = self.runtime.minimum(self.first_bad.clone()).item()
         if math.isfinite(first):
-            raise RunError(
-                f"the loss is not finite in {where}, batch {first:.0f}: training has diverged;"
-                " the last good checkpoint is kept; try a lower --lr"
-            )
+            raise RunError(f"the loss is not finite in {where}, batch {first:.0f}: {why}")
 
 
 def progress(batches: Any, title: str, tally: Tally) -> Iterable[tuple[Tensor, Tensor]]:
