@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -245,12 +246,21 @@ def command_line() -> str:
     return shlex.join(["python", *program(), *sys.argv[1:]])
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     return {
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def commit() -> str | None:
+    """The commit of this repository; None outside git, or without git."""
+    command = ["git", "--git-dir", Path(__file__).parents[1] / ".git", "rev-parse", "--short", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def format_seconds(seconds: float) -> str:
