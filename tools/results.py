@@ -54,11 +54,12 @@ def markdown(trials: Sequence[Trial]) -> str:
     right |= {t: [_accuracy_text(row, name) for row in rows] for name, t in ACCURACIES.items()}
     right = {title: cells for title, cells in right.items() if {*cells} != {"-"}}
     right["seeds"] = [str(len(row.runs)) for row in rows]
-    notes: list[str] = []
-    for title, fold in (("settings", ["settings"]), ("experiment", [*left])):
-        if left.keys() >= {*fold} and len(next(_table(left, right))) > WIDTH:
-            texts = [", ".join(cells) for cells in zip(*map(left.pop, fold), strict=True)]
+    cells, notes = left, []
+    for title, fold in (("settings", ["settings"]), ("experiment", [*cells])):
+        if cells.keys() >= {*fold} and len(next(_table(left, right))) > WIDTH:
+            texts = [", ".join(parts) for parts in zip(*map(cells.get, fold), strict=True)]
             notes = list(dict.fromkeys(texts))
+            left = {name: cells[name] for name in cells if name not in fold}
             left[title] = [f"({notes.index(text) + 1})" for text in texts]
     marked = f"; with {HOLDOUT}, the one chosen on the holdout"
     marked *= any(row["chosen_on"] == "holdout" for row in rows)

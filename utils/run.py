@@ -257,9 +257,10 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The commit of this repository; None outside git, or without git."""
-    command = ["git", "--git-dir", Path(__file__).parents[1] / ".git", "rev-parse", "--short", "HEAD"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    git = ["git", f"--git-dir={Path(__file__).parents[1] / '.git'}"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = [*git, "rev-parse", "--short", "HEAD"]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     return None
 
 
