@@ -23,7 +23,7 @@ kill: .venv/installed
 	$(BIN)/python tests/kill.py --kills 20
 
 tables: .venv/installed-dev
-	$(BIN)/python -m tools.results $(wildcard results/*.csv) --page docs/results.md
+	$(BIN)/python -m tools.results results --page docs/results.md
 
 clean:
 	rm -rf .venv quickstart .pytest_cache .ruff_cache

@@ -8,8 +8,8 @@
 Inputs are CSV tables, and folders with result.json files anywhere below. --csv adds to a table that
 is there: a run replaces the same run (configuration, seeds, weights of the baseline). Runs that
 differ in nothing but their seeds are printed as mean ± sample standard deviation. --page writes a
-section per table, with its plot beside. results/NAME.md, where there is one, has the title of
-results/NAME.csv in its first line, and then a remark.
+section per table of a folder, with its plot beside; NAME.md, where there is one, has the title of
+NAME.csv in its first line, and then a remark.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def markdown(trials: Sequence[Trial]) -> str:
             notes = list(dict.fromkeys(texts))
             left = {name: cells[name] for name in cells if name not in fold}
             left[title] = [f"({notes.index(text) + 1})" for text in texts]
-    marked = f"; with {HOLDOUT}, the one chosen on the holdout"
-    marked *= any(row["chosen_on"] == "holdout" for row in rows)
+    held = any(row["chosen_on"] == "holdout" for row in rows)
+    marked = f"; with {HOLDOUT}, the one chosen on the holdout" * held
     return "\n".join([
         textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), "",
         *_table(left, right), "",
@@ -139,17 +139,16 @@ def facts(trials: Sequence[Trial]) -> Iterator[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, prog="python -m tools.results")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="folders, and CSV tables")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="folders, and CSV tables")
     parser.add_argument("--csv", metavar="FILE", help="add all runs to this table")
     parser.add_argument("--plot", metavar="FILE", help=f"draw them; {', '.join(ENDINGS)}")
-    parser.add_argument("--page", metavar="FILE", help="write a page of CSV tables, and its plots")
+    parser.add_argument("--page", metavar="FILE",
+                        help="write a page of the tables in a folder, and plots")  # fmt: skip
     args = parser.parse_args(argv)
-    args.tables = sorted(Path(name) for name in args.inputs if name.endswith(".csv"))
-    args.folders = [name for name in args.inputs if not name.endswith(".csv")]
-    if not args.inputs and not args.page:
-        parser.error("name a folder or a CSV table as INPUT")
-    if args.page and (args.csv or args.plot or args.folders):
-        parser.error("--page takes CSV tables, and no other flag")
+    args.tables = [Path(name) for name in args.inputs if name.endswith(".csv")]
+    args.folders = [Path(name) for name in args.inputs if not name.endswith(".csv")]
+    if args.page and (args.csv or args.plot):
+        parser.error("--page goes with no other flag")
     if args.plot and not args.plot.endswith(ENDINGS):
         parser.error(f"--plot: {args.plot} ends with none of {', '.join(ENDINGS)}")
     return args
@@ -158,16 +157,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
     save_plot = _load_save_plot() if args.plot or args.page else None  # before anything is written
-    results = [read_result(path) for path in find_files(args.folders)]
-    tables: Tables = {path: merge([], read_csv(path)) for path in args.tables}
-    if results:
-        tables[None] = merge([], filter(None, results))
+    files, paths = find_files(args.folders), [*args.tables]
+    if args.page:
+        paths += [path for folder in args.folders for path in folder.glob("*.csv")]
+    tables: Tables = {path: merge([], read_csv(path)) for path in sorted(paths)}
     if args.page:
         for path in filter(tables.get, tables):
             svg = Path(args.page).with_name(f"{path.stem}.svg")
             _write(svg, "--page", lambda file, of=tables[path]: save_plot(of, file, "svg"))
         _write(args.page, "--page", lambda file: file.write(page(tables).encode()))
         return tables
+    results = [read_result(path) for path in files]
+    if results:
+        tables[None] = merge([], filter(None, results))
     trials = [trial for of in tables.values() for trial in of]
     if not trials:
         unpruned = f", but {len(results)} of unpruned networks" * bool(results)

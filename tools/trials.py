@@ -50,16 +50,12 @@ def cell(value: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def find_files(folders: Iterable[str | Path]) -> list[Path]:
-    """Every result.json below the folders, once each, in order of their names."""
-    found: dict[Path, Path] = {}
-    for folder in map(Path, folders):
+def find_files(folders: Iterable[Path]) -> list[Path]:
+    """Every result.json below the folders."""
+    for folder in folders:
         if not folder.is_dir():
-            what = "neither a folder nor a .csv file" if folder.exists() else "no such folder"
-            raise InputError(f"{folder}: {what}; name a folder of results, or a CSV table of them")
-        for path in sorted(folder.rglob("result.json")):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+            raise InputError(f"{folder}: no such folder; name one of results, or a .csv file")
+    return [path for folder in folders for path in sorted(folder.rglob("result.json"))]
 
 
 def read_result(path: Path) -> Trial | None:
