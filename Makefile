@@ -1,13 +1,14 @@
 # make quickstart   train, prune and fine-tune a small network on made-up images (minutes on a laptop)
 # make test         ruff and the whole test suite
 # make kill         kill a run 20 times, resume it, compare the bits
+# make tables       docs/results.md and its plots, from results/*.csv
 # All make their own environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --net gateresnet20 --dataset synthetic --bs 64 --output quickstart --logdir quickstart/runs
 
-.PHONY: quickstart test kill clean
+.PHONY: quickstart test kill tables clean
 
 quickstart: .venv/installed
 	$(BIN)/python train.py $(DEMO) --epochs 10 --lr 0.05 --overwrite
@@ -20,6 +21,9 @@ test: .venv/installed-dev
 
 kill: .venv/installed
 	$(BIN)/python tests/kill.py --kills 20
+
+tables: .venv/installed-dev
+	$(BIN)/python -m tools.results results --page docs/results.md
 
 clean:
 	rm -rf .venv quickstart .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -270,12 +271,22 @@ def command_line() -> str:
     return shlex.join(["python", *program(), *sys.argv[1:]])
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     return {
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def commit() -> str | None:
+    """The commit of this repository; None outside git, or without git."""
+    git = ["git", f"--git-dir={Path(__file__).parents[1] / '.git'}"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = [*git, "rev-parse", "--short", "HEAD"]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    return None
 
 
 def format_seconds(seconds: float) -> str:
