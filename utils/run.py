@@ -271,10 +271,11 @@ def command_line() -> str:
     return shlex.join(["python", *program(), *sys.argv[1:]])
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | int | None]:
     return {
         "commit": commit(),
         "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
