@@ -27,6 +27,7 @@ from utils.cost import model_cost
 from utils.data import load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
+from utils.finetune import check_batch
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
 from utils.resume import check_same_run, finished_result, load_last, load_resumable
 from utils.run import Run
@@ -71,6 +72,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:  # an alias of 100 classes, another number of folders
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
+    check_batch(model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
     last = None
     if args.checkpoint:
         last = load_named(Path(args.checkpoint), folder, args.net, config)
