@@ -31,6 +31,7 @@ from utils.experiment import (
     check_data,
     load_baseline,
 )
+from utils.finetune import check_batch
 from utils.recipes import CIFAR_COSINE, CIFAR_RECIPES
 from utils.report import result_table
 from utils.resume import existing_run
@@ -80,6 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
     data, constants = data.normalised(flags.normalisation(args), baseline.meta)
     check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
+    check_batch(baseline.model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
     check_budget(baseline.model, args, args.image_size)
     recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
     seed_everything(args.seed, args.deterministic)

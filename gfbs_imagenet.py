@@ -35,6 +35,7 @@ from utils.experiment import (
     check_budget,
     load_baseline,
 )
+from utils.finetune import check_batch
 from utils.image_folders import (
     IMAGENET_NORMALISATION,
     Crops,
@@ -97,6 +98,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     else:
         check_head(baseline, classes, f"--data_dir {args.data_dir}")
     model_cost(baseline.model, args.image_size)
+    check_batch(
+        baseline.model, args.image_size, runtime.images_per_norm(args.train_bs), "--train_bs"
+    )
     check_budget(baseline.model, args, args.image_size)
     recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
 

@@ -27,6 +27,7 @@ from utils.cost import model_cost
 from utils.data import TEST_FOLDERS, class_digest, data_identity, load_data
 from utils.distributed import seed_everything, select_runtime
 from utils.errors import InputError
+from utils.finetune import check_batch
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
 from utils.resume import existing_run
 from utils.run import Run
@@ -82,6 +83,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:  # an alias of 100 classes, another number of folders
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
+    check_batch(model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
     train, test, holdout = image_batches(
         data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,

@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, random_model
 from PIL import Image
 from runs import make_folder
 
-from utils import data
+import gfbs_cifar
+import gfbs_imagenet
+import train
+from utils import data, image_folders
+from utils.checkpoint import save_checkpoint
+from utils.cli import run_script
 from utils.data import list_folders, load_data
 from utils.errors import InputError
 from utils.image_folders import Crops, FolderBatches
@@ -228,3 +233,95 @@ def test_pillow_warns_of_nothing(tmp_path, monkeypatch, capfd, workers):
     assert len(torch.cat([labels for _, labels in batches])) == 12
     batches.close()
     assert capfd.readouterr().err == ""
+
+
+SMALL = ["--device", "cpu", "--image_size", "32", "--epochs", "1", "--output", "out"]
+CIFAR = ["--dataset", "folder", "--data_dir", "images", "--image_size", "16"]
+CIFAR += ["--net", "gateresnet20", "--checkpoint", "resnet20.pth"]
+IMAGENET = ["--data_dir", "images", "--net", "resnet18", "--checkpoint", "resnet18.pth"]
+
+
+def outcome(script, *argv):
+    """The exit code of a script."""
+    return run_script(lambda: script.parse_args([*SMALL, *argv]), script.main)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoint(folder / "resnet18.pth", random_model("resnet18", 2))
+    save_checkpoint(folder / "resnet20.pth", random_model("gateresnet20", 2))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, weights):
+    make_folder(tmp_path / "images", parts=("train", "val"), size=(32, 32))
+    for path in weights.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "script, flag, argv",
+    [
+        (train, "--bs", [*CIFAR[:-2], "--image_size", "4", "--bs", "1"]),
+        (gfbs_cifar, "--bs", [*CIFAR, "--image_size", "4", "--bs", "1"]),
+        (gfbs_cifar, "--score_images", [*CIFAR, "--image_size", "4", "--score_images", "1"]),
+        (gfbs_imagenet, "--train_bs", [*IMAGENET, "--train_bs", "1"]),
+        (gfbs_imagenet, "--score_images", [*IMAGENET, "--score_images", "1", "--workers", "0"]),
+    ],
+)
+def test_a_single_image_that_is_no_batch_is_told_of_before_training(
+    place, capfd, script, flag, argv
+):
+    assert outcome(script, *argv) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and f"error: {flag}" in said and "BatchNorm" in said
+    assert not list(place.rglob("last.pth"))
+
+
+def test_a_single_image_with_larger_maps_is_a_batch(place):
+    argv = ["--limit_train_batches", "1", "--bs", "1", "--score_images", "1"]
+    assert outcome(gfbs_cifar, *CIFAR, *argv) == 0
+
+
+def test_a_baseline_at_chance_is_told_of(place, capsys):
+    model = random_model("gateresnet20", 2)
+    model.linear.bias.data[:] = torch.tensor([1e6, 0])  # it takes every image for a cat
+    save_checkpoint("cats.pth", model)
+    argv = [*CIFAR, "--epochs", "0", "--score_images", "4", "--checkpoint", "cats.pth"]
+    assert outcome(gfbs_cifar, *argv) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("warning: the baseline is at chance on this data; is it the data") == 1
+
+    make_folder(place / "more", parts=("val",), images=30)
+    for path in (place / "more" / "val" / "dog").glob("*[1-9].png"):
+        path.unlink()  # which leaves 30 cats and 3 dogs
+    shutil.copytree(place / "images" / "train", place / "more" / "train")
+    assert outcome(gfbs_cifar, *argv, "--data_dir", "more", "--output", "two") == 0
+    assert "at chance" not in capsys.readouterr().out
+
+
+def test_a_killed_worker_is_one_line(place, monkeypatch, capfd):
+    """In evaluation as in training."""
+    read, main = image_folders.read_image, os.getpid()
+
+    def die(path):
+        if "val" in path and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    monkeypatch.setattr(image_folders, "read_image", die)
+    assert outcome(gfbs_imagenet, *IMAGENET, "--workers", "1", "--train_bs", "4") == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "a data worker was killed" in said and "--workers" in said
+
+
+def test_no_other_error_is_taken_for_a_killed_worker():
+    def fail(_):
+        raise RuntimeError("something else about a worker")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        run_script(lambda: None, fail)

@@ -19,6 +19,11 @@ from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.signals import Signals
 
+KILLED = (
+    "a data worker was killed, perhaps for want of memory; use fewer --workers or smaller batches,"
+    " and continue with --resume"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Answers bad input with one line, and takes flags written with ``-`` or with ``_``."""
@@ -80,6 +85,8 @@ def run_script(
     except RunError as error:
         return _say(1, f"{name}: error: {error}")
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # torch may raise it anywhere
+            return _say(1, f"{name}: error: {KILLED}")
         if not lost_a_rank(error):
             raise
         said = " ".join(str(error).split())

@@ -145,6 +145,11 @@ class Runtime:
                 f" use a multiple of {self.world_size}"
             )
 
+    def images_per_norm(self, batch_size: int) -> int:
+        """Of how many images in a training batch BatchNorm takes its statistics."""
+        parts = 1 if self.sync_bn else self.world_size * max(1, len(self.gpus))
+        return max(1, batch_size // parts)
+
     def __str__(self) -> str:
         name = self.device.type
         if name == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,12 +19,14 @@ from utils.budget import least_cost, select_within
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.errors import InputError
+from utils.finetune import check_batch
 from utils.flags import IMAGENET_NETWORKS
 from utils.pruning import PruningPlan, Ranking, compose_kept, select_channels
 from utils.recipes import Recipes
 from utils.result import add_surgery, first_result
 from utils.saliency import CRITERIA, channel_saliency
 from utils.surgery import prune, split_plan
+from utils.tally import Metrics
 from utils.training import Stage, Training, training_stage
 
 
@@ -86,6 +89,13 @@ def check_budget(model: GatedModel, args: argparse.Namespace, image_size: int) -
             )
 
 
+def at_chance(metrics: Metrics, classes: int) -> bool:
+    """Whether guessing would be as good, within two standard deviations."""
+    chance = 1 / classes
+    noise = math.sqrt(chance * (1 - chance) / metrics.images)
+    return metrics.accuracy <= 100 * (chance + 2 * noise)
+
+
 class Experiment(Training):
     """A network that is pruned and then trained."""
 
@@ -112,6 +122,13 @@ class Experiment(Training):
         else:
             before = self.measure(model)
             self.run.log(f"baseline: {args.net} on {args.dataset}, {before}; {self.runtime}")
+            if not getattr(args, "new_head", False) and at_chance(
+                before.metrics, model.num_classes
+            ):
+                self.run.log(
+                    "warning: the baseline is at chance on this data; is it the data it was"
+                    " trained on? see --mean/--std"
+                )
             story = {"plan": {}, "result": first_result(args, baseline, before)}
             if args.holdout > (baseline.meta.get("config") or {}).get("holdout", 0):
                 self.run.log("warning: the baseline was trained on images that are held out here")
@@ -205,6 +222,7 @@ class Experiment(Training):
         indices = scoring_indices(self.train.images, args.score_images, args.score_seed)
         if CRITERIA[args.criterion].gradients:
             self.run.log(f"scoring on {len(indices)} training images")
+            check_batch(model, self.image_size, len(indices), "--score_images")
         return channel_saliency(
             model,
             *self.train.pick(indices),

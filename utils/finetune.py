@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.gate import GatedModel, folded_gates
 from utils.distributed import Runtime
-from utils.errors import RunError
+from utils.errors import InputError, RunError
 from utils.recipes import Recipe
 from utils.tally import Metrics, Tally, progress
 
@@ -48,6 +49,21 @@ def evaluate(
     model.train(was_training)
     tally.check("the evaluation", "weights, running statistics or images are broken")
     return tally.metrics()
+
+
+def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> None:
+    """Raise InputError where BatchNorm would see one value per channel: an image, a map of 1x1."""
+    if images > 1:
+        return
+    shapes = copy.deepcopy(model).to("meta").train()
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except ValueError:
+        raise InputError(
+            f"{flag}: a single image of {image_size} pixels is no batch to train {model.net} on,"
+            " whose last maps are of one pixel; BatchNorm needs two images or larger ones"
+        ) from None
 
 
 class Trainer:
