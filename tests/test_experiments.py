@@ -156,26 +156,24 @@ def test_killed_and_started_again(name, with_what, stub):
 
 
 def test_real_runs_are_skipped_when_finished_and_do_not_depend_on_the_jobs(tmp_path):
-    tiny = ["--dataset", "synthetic", "--epochs", "1", "--bs", "16", "--limit_train_batches", "1",
-            "--limit_test_batches", "1"]  # fmt: skip
+    state = random_model("gateresnet20").state_dict()
+    torch.save({"state_dict": state}, tmp_path / "resnet20.th")
+    tiny = ["--dataset", "synthetic", "--image_size", "16", "--epochs", "1", "--bs", "16",
+            "--limit_train_batches", "1", "--limit_test_batches", "1"]  # fmt: skip
 
-    def start(out, jobs):
-        done = run_script("finetune", tmp_path, *tiny, JOBS=jobs, THREADS="1", SEEDS="1",
+    def start(out, jobs, seeds):
+        done = run_script("full", tmp_path, *tiny, JOBS=jobs, SEEDS=seeds, THREADS="1",
                           OUT=str(tmp_path / out), PYTHON=sys.executable,
-                          CRITERIA="random")  # fmt: skip
+                          BASELINES=str(tmp_path))  # fmt: skip
         assert done.returncode == 0, done.stderr
-        files = sorted((tmp_path / out).glob("finetune/*/*/result.json"))
-        assert len(files) == 2  # and the control from scratch
-        return {path: path.stat().st_mtime_ns for path in files}
+        return sorted((tmp_path / out).glob("full/*/*seed1*/result.json"))[0]
 
-    first = start("one", "1")
-    assert start("one", "2") == first
-
-    def rows(files):
-        results = [json.loads(path.read_text()) for path in files]
-        return [(r["criterion"], r["method"], r["accuracy"], r["cost"]) for r in results]
-
-    assert rows(start("two", "2")) == rows(first)
+    alone, together = start("one", "1", "1"), start("two", "2", "1 2")
+    one, other = json.loads(alone.read_text()), json.loads(together.read_text())
+    for part in ("criterion", "method", "accuracy", "cost", "channels"):
+        assert one[part] == other[part]
+    written = alone.stat().st_mtime_ns
+    assert start("one", "2", "1").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("net", ["gateresnet20", "gatevgg11"])
