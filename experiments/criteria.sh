@@ -1,5 +1,5 @@
-# All criteria at equal multiply-adds, right after the cut, and with BatchNorm's statistics estimated
-# anew. See common.sh for how to use it.
+# All criteria at equal multiply-adds, right after the cut, and with BatchNorm's statistics
+# estimated anew. See common.sh for how to use it.
 # shellcheck disable=SC2046  # score says several words
 . "$(dirname "$0")/common.sh"
 

@@ -1,5 +1,5 @@
-# ResNet-56 fine-tuned, with Torch-Pruning's Taylor importance beside our criteria. See common.sh for
-# how to use it.
+# ResNet-56 fine-tuned, with Torch-Pruning's Taylor importance beside our criteria. See common.sh
+# for how to use it.
 # shellcheck disable=SC2046  # score says several words
 . "$(dirname "$0")/common.sh"
 

@@ -1,6 +1,6 @@
-# One shot, block by block, and in rounds, in 20 epochs each: ResNet-20 has 9 blocks, each of which
-# loses channels, so --smooth takes 9 x 1 + 11, and --steps 5 takes 5 x 2 + 10. See common.sh for how
-# to use it.
+# One shot, block by block, and in rounds, in 20 epochs each: --smooth fine-tunes once per block
+# that loses channels, as all 9 of ResNet-20 do, so 9 x 1 + 11; --steps 5 takes 5 x 2 + 10. See
+# common.sh for how to use it.
 # shellcheck disable=SC2046,SC2086  # several words
 . "$(dirname "$0")/common.sh"
 

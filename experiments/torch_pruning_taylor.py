@@ -2,11 +2,10 @@
 
     python -m experiments.torch_pruning_taylor --net gateresnet56 --macs 0.5 --epochs 10 --cosine
 
-Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. The groups
-of channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance``, with the
-default settings, of gradients in eval mode. The channels of lowest importance go, over the whole
-network, until the budget is met. The surgery is ours: Torch-Pruning cannot cut zero-padding
-shortcuts.
+Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. Coupled
+channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance`` with the default
+settings, of gradients in eval mode. As with all criteria, the lowest of the network go until the
+budget is met, residual streams included, and our surgery cuts them.
 """
 
 from __future__ import annotations

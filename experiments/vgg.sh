@@ -1,4 +1,4 @@
-# VGG-16 after a short training: GFBS at two ratios, and others at the multiply-adds that it reached.
+# VGG-16 after a short training: GFBS at two ratios, others at the multiply-adds that it reached.
 # See common.sh for how to use it.
 # shellcheck disable=SC2046  # score says several words
 . "$(dirname "$0")/common.sh"

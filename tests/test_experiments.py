@@ -1,70 +1,204 @@
-"""The scripts in experiments/: every command is one that exists, and one script really runs."""
+"""The scripts in experiments/: what they run, skip and survive."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
-import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch_pruning
+from conftest import random_batch, random_model, relative_difference, settle
 
+from experiments.torch_pruning_taylor import dependency_graph, torch_pruning_saliency
+from models.gate import folded_gates
 from utils import flags
+from utils.budget import select_within
+from utils.cost import model_cost
+from utils.pruning import Ranking
+from utils.surgery import prune
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "experiments").glob("*.sh") if path.stem != "common")
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.sh")
+    if path.stem not in ("common", "tables")
+)
+
+# In the place of python: writes down its arguments, sleeps while "slow" is there, fails for "l1",
+# and leaves the result that vgg.sh reads.
+STUB = f"""#!{sys.executable}
+import json, os, pathlib, sys, time
+if sys.argv[1] == "-c":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+place = pathlib.Path(__file__).parent
+with (place / "log").open("a") as log:
+    log.write(json.dumps([os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]) + "\\n")
+while (place / "slow").exists():
+    time.sleep(0.02)
+if (place / "failing").exists() and "l1" in sys.argv:
+    sys.exit("no such luck")
+if sys.argv[1] == "gfbs_cifar.py" and "--p" in sys.argv and sys.argv[sys.argv.index("--p") + 1] == "0.7":
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1], "gatevgg16", "gfbs_p0.7")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text('{{"cost": {{"macs": {{"before": 300, "after": 100}}}}}}')
+"""  # noqa: E501
 
 
-def run_script(name, place, *argv, **environment):
+@pytest.fixture
+def stub(tmp_path):
+    (tmp_path / "stub").write_text(STUB)
+    (tmp_path / "stub").chmod(0o755)
+    return tmp_path
+
+
+def environment(place, **settings):
+    usual = {"OUT": str(place / "the tables"), "PYTHON": str(place / "stub"), "GPUS": "0"}
+    return {**os.environ, **usual, **settings}
+
+
+def run_script(name, place, *argv, **settings):
     return subprocess.run(
         ["sh", ROOT / "experiments" / f"{name}.sh", *argv],
-        env={**os.environ, "OUT": str(place), "PYTHON": sys.executable, **environment},
-        cwd=place, capture_output=True, text=True,
+        env=environment(place, **settings), cwd=place, capture_output=True, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS])
-def test_commands_are_accepted_and_do_not_get_in_each_others_way(name, tmp_path):
-    done = run_script(name, tmp_path, "--epochs", "2", PYTHON="echo", DATA_DIR="imagenet")
+def logged(place):
+    """Threads and arguments of every command that was started."""
+    path = place / "log"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_commands_are_accepted_and_have_folders_of_their_own(name, stub):
+    (stub / "resnet56.th").touch()  # and no resnet20.th, which is trained
+    done = run_script(name, stub, "--epochs", "2", JOBS="4", BASELINES=str(stub), DATA="my images")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line and not line.startswith("+ ")]
     folders = set()
-    for line in lines:
-        script, *argv = shlex.split(line)
-        if script == "-m":
+    for threads, *words in logged(stub):
+        script, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0][:-3], words[1:])
+        args = importlib.import_module(script).parse_args(argv)
+        if script == "prepare_torch_imagenet_models":
             continue
-        args = importlib.import_module(script.removesuffix(".py")).parse_args(argv)
-        if not hasattr(args, "epochs"):
-            continue  # the conversion of torchvision's weights
-        assert args.epochs == 2 and args.resume and args.skip_finished
+        assert threads == ("2" if name == "imagenet" else "1")
+        assert args.epochs == 2 and args.resume
         run = flags.run_name(args) if hasattr(args, "criterion") else ""
-        folder = (args.output, flags.network_folder(args), run)
-        assert folder not in folders, line
+        folder = args.output, flags.network_folder(args), run
+        assert folder not in folders, argv
         folders.add(folder)
-    assert len(folders) > 10
+        if script != "gfbs_imagenet" and args.dataset != "cifar100":
+            assert (args.dataset, args.data_dir) == ("folder", "my images")
+            assert ("--mean" in argv) == ("--std" in argv) == (args.net == "gateresnet56")
+    assert len(folders) > 3
 
 
-def test_criteria_run_and_what_is_done_is_skipped(tmp_path):
-    def criteria(names):
-        return run_script(
-            "criteria", tmp_path, "--dataset", "synthetic", "--epochs", "1", "--bs", "32",
-            "--limit_train_batches", "2", "--limit_test_batches", "1",
-            SEEDS="1", NETS="gateresnet20", MACS="0.5", CRITERIA=names,
-        )  # fmt: skip
+def test_vgg_compares_at_the_macs_that_gfbs_reached(stub):
+    assert run_script("vgg", stub).returncode == 0
+    shares = [argv[argv.index("--macs") + 1] for argv in logged(stub) if "--macs" in argv]
+    assert shares == ["0.3333"] * 2
 
-    done = criteria("random")
+
+def test_baselines_come_first_and_every_gpu_has_its_runs(stub):
+    assert run_script("criteria", stub, JOBS="4", GPUS="2").returncode == 0
+    scripts = [argv[1] for argv in logged(stub)]
+    assert scripts == ["train.py"] * 2 + ["gfbs_cifar.py"] * 96
+    assert {argv[-1] for argv in logged(stub) if argv[-2] == "--gpu"} == {"0", "1"}
+
+
+def test_a_failing_run_stops_no_other_and_the_exit_code_tells(stub):
+    (stub / "failing").touch()
+    done = run_script("tables", stub, SEEDS="1", JOBS="4")
+    assert done.returncode == 1
+    failed = done.stderr.rpartition("FAILED in all:")[2]
+    commands = [argv for argv in logged(stub) if "l1" in argv]
+    assert len(commands) > 9 and failed.count("exit code 1: ") == len(commands)
+    assert failed.count("--criterion l1") == len(commands) and "no such luck" in done.stderr
+    assert any("vgg" in " ".join(argv) for argv in logged(stub))
+    (stub / "failing").unlink()
+    assert run_script("tables", stub, SEEDS="1", JOBS="4").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["tables", "finetune"])
+@pytest.mark.parametrize("with_what", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_started_again(name, with_what, stub):
+    """SIGTERM reaches all runs. After SIGKILL, those that are left are waited for."""
+    (stub / "slow").touch()
+    process = subprocess.Popen(
+        ["sh", ROOT / "experiments" / f"{name}.sh"],
+        env=environment(stub, JOBS="2", SEEDS="1"), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: logged(stub))
+    process.send_signal(with_what)
+    assert process.wait() == (143 if with_what == signal.SIGTERM else -signal.SIGKILL)
+    (stub / "log").unlink(missing_ok=True)
+    lock = ["flock", "--timeout", "5" if with_what == signal.SIGTERM else "0",
+            stub / "the tables" / "lock", "true"]  # fmt: skip
+    assert subprocess.run(lock).returncode == (0 if with_what == signal.SIGTERM else 1)
+    (stub / "slow").unlink()
+    done = run_script("finetune", stub, JOBS="2", SEEDS="1")
     assert done.returncode == 0, done.stderr
-    (result,) = tmp_path.glob("criteria/*/*/result.json")
-    share = json.loads(result.read_text())["cost"]["macs"]
-    assert 0.476 <= share["after"] / share["before"] <= 0.5
-    written = result.stat().st_mtime_ns
-    done = criteria("random l1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done already") == 2  # the baseline, and the first criterion
-    assert result.stat().st_mtime_ns == written
-    assert len(list(tmp_path.glob("criteria/*/*/result.json"))) == 2
-    table = done.stdout.splitlines()[-8:]
-    assert any("random" in line for line in table) and any("l1" in line for line in table)
+    assert sum("--from_scratch" in argv for argv in logged(stub)) >= 1
+
+
+def test_real_runs_are_skipped_when_finished_and_do_not_depend_on_the_jobs(tmp_path):
+    state = random_model("gateresnet20").state_dict()
+    torch.save({"state_dict": state}, tmp_path / "resnet20.th")
+    tiny = ["--dataset", "synthetic", "--image_size", "16", "--epochs", "1", "--bs", "16",
+            "--limit_train_batches", "1", "--limit_test_batches", "1"]  # fmt: skip
+
+    def start(out, jobs, seeds):
+        done = run_script("full", tmp_path, *tiny, JOBS=jobs, SEEDS=seeds, THREADS="1",
+                          OUT=str(tmp_path / out), PYTHON=sys.executable,
+                          BASELINES=str(tmp_path))  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return sorted((tmp_path / out).glob("full/*/*seed1*/result.json"))[0]
+
+    alone, together = start("one", "1", "1"), start("two", "2", "1 2")
+    one, other = json.loads(alone.read_text()), json.loads(together.read_text())
+    for part in ("criterion", "method", "accuracy", "cost", "channels"):
+        assert one[part] == other[part]
+    written = alone.stat().st_mtime_ns
+    assert start("one", "2", "1").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("net", ["gateresnet20", "gatevgg11"])
+def test_torch_pruning_cuts_the_same_network_by_its_own_importance(net):
+    """Our surgery of the plan is Torch-Pruning's own, bit by bit; the MACs are those asked for."""
+    model, (images, labels) = random_model(net), random_batch()
+    settle(model, images)
+    before = copy.deepcopy(model.state_dict())
+    saliency = torch_pruning_saliency(model, images, labels)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    ranking, whole = Ranking(model.channel_groups(), saliency), model_cost(model, 32).macs
+    plan = select_within(model, ranking, 32, "macs", whole / 2)
+
+    theirs = copy.deepcopy(model).eval()
+    graph = dependency_graph(theirs, images)
+    for group in theirs.channel_groups():
+        conv = theirs.get_submodule(group.convs[0])
+        gone = sorted({*range(conv.out_channels)} - {*plan.keep[group.name]})
+        if gone:
+            out = torch_pruning.prune_conv_out_channels
+            graph.get_pruning_group(conv, out, gone).prune()
+    ours = prune(model, plan).eval()
+    assert 0.98 * whole / 2 <= model_cost(ours, 32).macs <= whole / 2
+    others = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert name.endswith(".gate") or torch.equal(tensor, others[name]), name
+    with torch.no_grad(), folded_gates(theirs):
+        assert relative_difference(ours(images), theirs(images)) == 0
