@@ -15,27 +15,35 @@ name goes on with every setting that is not at its default: _epochs40, _wbeta0.1
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from utils import flags
-from utils.batches import image_batches
-from utils.cli import Parser, run_script
-from utils.data import TEST_FOLDERS, class_digest, data_identity, load_data
-from utils.distributed import seed_everything, select_runtime
-from utils.experiment import (
-    Experiment,
-    check_budget,
-    check_data,
-    load_baseline,
+from utils.cli import flags, settings
+from utils.cli.parser import Parser, run_script
+from utils.data.batches import SCORING, Data, random_stream, scoring_batch
+from utils.data.small import data_identity, image_batches, load_data
+from utils.distributed import seed_everything
+from utils.finetune import check_batch, fit
+from utils.pruning import PruningPlan
+from utils.recipes import CIFAR_RECIPES
+from utils.run.baseline import check_classes, check_size, load_baseline
+from utils.run.callbacks import RunCallback
+from utils.run.folder import RunFolder
+from utils.run.measure import (
+    estimate_statistics,
+    measure_baseline,
+    measure_cut,
+    measure_end,
+    restore_files,
 )
-from utils.finetune import check_batch
-from utils.recipes import CIFAR_COSINE, CIFAR_RECIPES
-from utils.report import result_table
-from utils.resume import existing_run
-from utils.run import Run
+from utils.run.rounds import Pruning, Round
+from utils.run.state import RunState
+from utils.run.table import final_table
+from utils.saliency import channel_saliency
+from utils.selection import check_goal, select
+from utils.surgery import prune
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,58 +61,117 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
-    flags.check_alias(parser, args)
-    flags.check_stages(parser, args)
-    flags.check_normalisation(parser, args)
-    flags.check_overwrite(parser, args)
-    flags.resolve_criterion(parser, args)
-    flags.resolve_ratio(args)
+    settings.check_alias(parser, args)
+    settings.check_run(parser, args)
+    settings.resolve_pruning(parser, args)
     return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
-    runtime.share(args.bs, "--bs")
-    network = flags.network_folder(args)
-    baseline = load_baseline(args.checkpoint or args.output, network, args.net)
-    flags.resolve_floor(args, max(baseline.model.group_widths().values()))
-    name = f"{network}/{flags.run_name(args)}"
-    folder, logdir = Path(args.output) / name, flags.logdir(args) / name
-    config = flags.configuration(args, baseline.digest)
-    done = runtime.on_main(lambda: existing_run(
-        folder, config, lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS),
-        resume=args.resume, overwrite=args.overwrite,
-    ))  # fmt: skip
-    if done:
+    runtime = settings.runtime(args, args.bs, "--bs")
+    baseline = load_baseline(
+        args.checkpoint or args.output, settings.network_folder(args), args.net
+    )
+    asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
+    run = RunFolder(
+        settings.pruning_run(args, baseline), runtime,
+        lambda: data_identity(args.dataset, args.data_dir),
+    )  # fmt: skip
+    if done := run.finished():
         return done
-    data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
-    data, constants = data.normalised(flags.normalisation(args), baseline.meta)
-    check_data(baseline, data.classes, args.image_size, f"--dataset {args.dataset}")
+    images = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
+    about, constants = images.about(args.dataset, settings.normalisation(args), baseline.meta)
+    advice = "name the data that it was trained on"
+    check_classes(baseline, about, f"--dataset {args.dataset}", advice)
+    check_size(baseline, args.image_size)
     check_batch(baseline.model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
-    check_budget(baseline.model, args, args.image_size)
-    recipes = flags.adapt(args, CIFAR_RECIPES, CIFAR_COSINE if args.cosine else None)
+    check_goal(baseline.model, asked.goal, args.image_size)
     seed_everything(args.seed, args.deterministic)
-
-    config["classes"] = class_digest(data.classes)
-    config |= runtime.on_main(lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS))
-    train, test, holdout = image_batches(
-        data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
+    data = image_batches(
+        images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-    with Run(
-        folder, logdir, config, runtime,
-        net=args.net, resume=args.resume, overwrite=args.overwrite,
-    ) as run:  # fmt: skip
+
+    with run.opened(about.classes):
         run.log(constants)
-        meta = data.metadata(args.dataset)
-        experiment = Experiment(
-            run, runtime, train, test, args.image_size, meta,
-            holdout=holdout, recalibrate=args.recalibrate,
+        state = run.resumed() or RunState(baseline.model, settings.new_record(args, asked))
+        return prune_in_rounds(run, state, data, asked, baseline.meta.get("config"))
+
+
+def prune_in_rounds(
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, made_by: Any
+) -> dict[str, Any]:
+    """Measure the baseline, go through the rounds, and return what result.json says.
+
+    ``made_by`` is the configuration of the run that made the baseline, if its file says.
+    """
+    if state.training is None:
+        measure_baseline(run, state, data, made_by)
+    run.check_space(state.model)
+    for number, this in enumerate(asked.rounds):
+        if number >= state.round:  # earlier ones are done
+            state.round = number
+            prune_and_fine_tune(run, state, data, asked, this)
+    measure_end(run, state, data)
+    run.log(f"\n{final_table(state.record)}\n")
+    return run.finish(state.record)
+
+
+def prune_and_fine_tune(
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, this: Round
+) -> None:
+    """One round of the method: score, select, cut, fine-tune.
+
+    A round that an earlier process has begun to train is continued: its cut is done.
+    """
+    model, scoring, runtime = state.model, asked.scoring, run.runtime
+    widths = model.group_widths()
+
+    def score_and_select() -> PruningPlan:
+        images, labels = scoring_batch(data.train, scoring.images, scoring.seed)
+        if scoring.looks_at_images:
+            run.log(f"scoring on {len(labels)} training images")
+            check_batch(model, images.shape[-1], len(labels), "--score_images")
+        saliency = channel_saliency(
+            model, images, labels, criterion=scoring.criterion, w_beta=scoring.w_beta,
+            checkpoint_activations=scoring.recompute,
+            generator=random_stream(scoring.random_seed, SCORING, state.round + 1),
         )  # fmt: skip
-        result = experiment.prune_and_fine_tune(baseline, args, recipes, run.last)
-        run.log("\n" + result_table(result) + "\n")
-        return run.save_result(result)
+        run.board.draw_saliency(saliency, len(state.record.history))
+        goal, before = asked.goal.at(this.share), state.record.size_before
+        return select(model, saliency, goal, data.about.image_size, before)
+
+    if state.training is None:
+        runtime.undo_sync_bn(model)
+        if this.scores:
+            plan = runtime.on_main(score_and_select)  # rank 0 decides for all
+            state.plan = state.plan.then(plan)
+            run.save_plan(state.plan)
+            # --smooth cuts part by part: the whole plan is measured on a copy.
+            pruned = prune(copy.deepcopy(model) if this.groups else model, plan)
+            measure_cut(run, state, pruned, plan, data, asked.recalibrate)
+        if this.groups:
+            if not state.record.shrunk & set(this.groups):
+                return
+            prune(model, state.plan.only(this.groups))
+            estimate_statistics(model, data.train, asked.recalibrate)
+        if this.fresh:
+            model.reset_parameters()
+        if len(asked.rounds) > 1:
+            cut = [name for name, width in model.group_widths().items() if width < widths[name]]
+            what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
+            run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
+
+    callback = RunCallback(run, state, data, asked.rounds)
+    if state.training is not None:
+        restore_files(run, state, callback)
+    with run.signals.deferred():
+        fit(
+            model, data.train, data.choosing, this.recipe, runtime,
+            callback=callback, resume=state.training, first_epoch=state.epochs_before,
+        )  # fmt: skip
+    state.training = None
 
 
 if __name__ == "__main__":

@@ -14,39 +14,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from utils import flags
-from utils.cli import Parser, run_script
+from gfbs_cifar import prune_in_rounds
+from utils.cli import flags, settings
+from utils.cli.parser import Parser, run_script
 from utils.cost import model_cost
-from utils.data import (
-    choose_normalisation,
-    class_digest,
-    data_identity,
-    fingerprint,
-    hold_out,
-    list_folders,
-)
-from utils.distributed import seed_everything, select_runtime
-from utils.experiment import (
-    Experiment,
-    check_budget,
-    load_baseline,
-)
+from utils.data.batches import About, choose_normalisation
+from utils.data.folders import IMAGENET_NORMALISATION, Crops, folder_batches
+from utils.data.listing import folder_identity, list_folders
+from utils.distributed import seed_everything
 from utils.finetune import check_batch
-from utils.image_folders import (
-    IMAGENET_NORMALISATION,
-    Crops,
-    FolderBatches,
-    check_head,
-    folder_metadata,
-)
 from utils.recipes import IMAGENET_RECIPES
-from utils.report import result_table
-from utils.resume import existing_run
-from utils.run import Run
+from utils.run.baseline import check_classes, load_baseline
+from utils.run.folder import RunFolder
+from utils.run.state import RunState
+from utils.selection import check_goal
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,80 +49,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
-    flags.check_stages(parser, args)
-    flags.check_schedule(parser, args)
-    flags.check_normalisation(parser, args)
-    flags.check_overwrite(parser, args)
-    flags.resolve_criterion(parser, args)
-    flags.resolve_ratio(args)
-    args.defaults["score_images"] = args.train_bs
-    args.score_images = args.score_images or args.train_bs
+    settings.check_schedule(parser, args)
+    settings.check_run(parser, args)
+    settings.resolve_pruning(parser, args)
     return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Prune and fine-tune, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
-    runtime.share(args.train_bs, "--train_bs")
+    """Prune and fine-tune, and return what result.json says. The method is in gfbs_cifar.py."""
+    runtime = settings.runtime(args, args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
-    flags.resolve_floor(args, max(baseline.model.group_widths().values()))
-    name = f"{args.net}/{flags.run_name(args)}"
-    folder, logdir = Path(args.output) / name, flags.logdir(args) / name
-    config = flags.configuration(args, baseline.digest)  # of the weights before any new head
-    done = runtime.on_main(lambda: existing_run(
-        folder, config, lambda: data_identity("imagenet", args.data_dir, ("val",)),
-        resume=args.resume, overwrite=args.overwrite,
-    ))  # fmt: skip
-    if done:
+    asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
+    run = RunFolder(
+        settings.pruning_run(args, baseline), runtime,
+        lambda: folder_identity(args.data_dir, ("val",)),
+    )  # fmt: skip
+    if done := run.finished():
         return done
-    train_images, val_images, classes = list_folders(Path(args.data_dir), ("val",))
+    train, val, classes = list_folders(Path(args.data_dir), ("val",))
     seed_everything(args.seed, args.deterministic)
+    constants, line = choose_normalisation(
+        settings.normalisation(args), baseline.meta, IMAGENET_NORMALISATION
+    )
+    resize = Crops.for_baseline(args.image_size, baseline.meta).resize
+    source = baseline.meta.get("source")
+    about = About(args.dataset, classes, args.image_size, constants, resize, source)
     if args.new_head:
         baseline.model.replace_head(len(classes))
     else:
-        check_head(baseline, classes, f"--data_dir {args.data_dir}")
-    model_cost(baseline.model, args.image_size)
-    check_batch(
-        baseline.model, args.image_size, runtime.images_per_norm(args.train_bs), "--train_bs"
-    )
-    check_budget(baseline.model, args, args.image_size)
-    recipes = flags.adapt(args, IMAGENET_RECIPES, flags.imagenet_cosine(args))
-
-    config |= runtime.on_main(lambda: {
-        "classes": class_digest(classes),
-        "data": fingerprint(Path(args.data_dir), train_images, val_images),
-    })  # fmt: skip
-    trained, held = hold_out(train_images, args.holdout)
-    normalisation, constants = choose_normalisation(
-        flags.normalisation(args), baseline.meta, IMAGENET_NORMALISATION
-    )
-    with Run(
-        folder, logdir, config, runtime,
-        net=args.net, resume=args.resume, overwrite=args.overwrite,
-    ) as run:  # fmt: skip
-        run.log(constants)
-        crops = Crops.for_baseline(args.image_size, baseline.meta)
-        with ExitStack() as stack:
-            train, val, holdout = (
-                stack.enter_context(closing(FolderBatches(
-                    images, args.train_bs, crops, runtime, workers=args.workers, limit=limit,
-                    augment=images is trained, seed=args.seed, normalisation=normalisation,
-                ))) if images else None
-                for images, limit in (
-                    (trained, args.limit_train_batches),
-                    (val_images, args.limit_val_batches),
-                    (held, args.limit_val_batches),
-                )
-            )  # fmt: skip
-            source = baseline.meta.get("source")
-            meta = folder_metadata(crops, normalisation, source, classes)
-            experiment = Experiment(
-                run, runtime, train, val, args.image_size, meta,
-                holdout=holdout, recalibrate=args.recalibrate,
-            )  # fmt: skip
-            result = experiment.prune_and_fine_tune(baseline, args, recipes, run.last)
-        run.log("\n" + result_table(result) + "\n")
-        return run.save_result(result)
+        advice = "--new_head starts a fresh classifier for other classes"
+        check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)
+    model_cost(baseline.model, args.image_size)  # raises an error for images that are too small
+    images = runtime.images_per_norm(args.train_bs)
+    check_batch(baseline.model, args.image_size, images, "--train_bs")
+    check_goal(baseline.model, asked.goal, args.image_size)
+    batches = folder_batches(
+        train, val, about, args.train_bs, runtime, seed=args.seed, workers=args.workers,
+        holdout=args.holdout, limit_train=args.limit_train_batches,
+        limit_test=args.limit_val_batches,
+    )  # fmt: skip
+    with batches as data, run.opened(classes):
+        run.log(line)
+        state = run.resumed() or RunState(baseline.model, settings.new_record(args, asked))
+        return prune_in_rounds(run, state, data, asked, baseline.meta.get("config"))
 
 
 if __name__ == "__main__":

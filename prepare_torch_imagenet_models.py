@@ -24,14 +24,16 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from models import GatedModel, build_model
-from utils import flags
 from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
-from utils.cli import Parser, run_script
-from utils.data import Normalisation, choose_normalisation, list_images
+from utils.cli import flags, settings
+from utils.cli.parser import Parser, run_script
+from utils.data.batches import About, Normalisation, choose_normalisation
+from utils.data.folders import Crops, FolderBatches
+from utils.data.listing import list_images
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.finetune import evaluate
-from utils.image_folders import Crops, FolderBatches, check_head, folder_metadata
+from utils.run.baseline import check_classes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_normalisation_flags(parser)
     flags.add_device_flags(parser)
     args = parser.parse_args(argv)
-    flags.check_normalisation(parser, args)
+    settings.check_normalisation(parser, args)
     return args
 
 
@@ -53,7 +55,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     usual = weights.transforms()
     crops = Crops(usual.crop_size[0], usual.resize_size[0])
     normalisation, constants = choose_normalisation(
-        flags.normalisation(args), {}, Normalisation(tuple(usual.mean), tuple(usual.std))
+        settings.normalisation(args), {}, Normalisation(tuple(usual.mean), tuple(usual.std))
     )
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
 
@@ -64,12 +66,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     model, difference = convert(args.net, state, source)
     report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
     if val:
-        check_head(Checkpoint(model, {}), val[1], f"--data_dir {args.data_dir}")
+        about = About("imagenet", val[1], crops.size, normalisation)
+        advice = "name the data that the weights were trained on"
+        check_classes(Checkpoint(model, {}), about, f"--data_dir {args.data_dir}", advice)
     report(runtime, constants)
     if args.save:
-        about = folder_metadata(crops, normalisation, source)
+        about = About("imagenet", (), crops.size, normalisation, crops.resize, source)
         path = Path(args.output) / args.net / "model_best.pth"
-        runtime.on_main(lambda: save(path, model, args.overwrite, about))
+        runtime.on_main(lambda: save(path, model, args.overwrite, about.metadata()))
         report(runtime, f"saved {path}")
     if not val:
         return {}

@@ -15,23 +15,23 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from models import build_model
-from utils import flags
-from utils.batches import image_batches
-from utils.cli import Parser, run_script
+from utils.cli import flags, settings
+from utils.cli.parser import Parser, run_script
 from utils.cost import model_cost
-from utils.data import TEST_FOLDERS, class_digest, data_identity, load_data
-from utils.distributed import seed_everything, select_runtime
+from utils.data.small import data_identity, image_batches, load_data
+from utils.distributed import seed_everything
 from utils.errors import InputError
-from utils.finetune import check_batch
-from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE
-from utils.resume import existing_run
-from utils.run import Run
-from utils.training import Training, training_stage
+from utils.finetune import check_batch, fit
+from utils.recipes import CIFAR_BASELINE
+from utils.run.callbacks import RunCallback
+from utils.run.folder import RunFolder
+from utils.run.measure import measure_end, restore_files
+from utils.run.rounds import Round
+from utils.run.state import RunState
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,9 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="continue from this last.pth, or the one in this folder; implies --resume",
     )
     args = parser.parse_args(argv)
-    flags.check_alias(parser, args)
-    flags.check_normalisation(parser, args)
-    flags.check_overwrite(parser, args)
+    settings.check_alias(parser, args)
+    settings.check_run(parser, args)
     if args.checkpoint and args.overwrite:
         parser.error("--checkpoint continues a run and does not go with --overwrite")
     return args
@@ -61,69 +60,62 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return what result.json says."""
-    runtime = select_runtime(args.device, args.gpu, args.sync_bn, flags.acceleration(args))
-    runtime.share(args.bs, "--bs")
-    network = flags.network_folder(args)
-    folder, logdir = Path(args.output) / network, flags.logdir(args) / network
-    checkpoint = find_named(Path(args.checkpoint), folder) if args.checkpoint else None
-    config = flags.configuration(args)
-    done = runtime.on_main(lambda: existing_run(
-        folder, config, lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS),
-        resume=args.resume or checkpoint is not None, overwrite=args.overwrite,
-    ))  # fmt: skip
-    if done:
+    runtime = settings.runtime(args, args.bs, "--bs")
+    run = RunFolder(
+        settings.baseline_run(args, named_checkpoint(args)), runtime,
+        lambda: data_identity(args.dataset, args.data_dir),
+    )  # fmt: skip
+    if done := run.finished():
         return done
-    data = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
-    data, constants = data.normalised(flags.normalisation(args), {})
-    config["classes"] = class_digest(data.classes)
-    config |= runtime.on_main(lambda: data_identity(args.dataset, args.data_dir, TEST_FOLDERS))
+    images = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
+    about, constants = images.about(args.dataset, settings.normalisation(args), {})
     seed_everything(args.seed, args.deterministic)
     try:
-        model = build_model(args.net, len(data.classes))
+        model = build_model(args.net, len(about.classes))
     except ValueError as error:  # an alias of 100 classes, another number of folders
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
     check_batch(model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
-    train, test, holdout = image_batches(
-        data, args.bs, runtime, seed=args.seed, holdout=args.holdout,
+    data = image_batches(
+        images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-    with Run(
-        folder, logdir, config, runtime,
-        net=args.net, resume=args.resume, overwrite=args.overwrite, checkpoint=checkpoint,
-    ) as run:  # fmt: skip
-        if run.last:
-            model.load_state_dict(run.last.model.state_dict())
-        run.log(f"{args.net} on {args.dataset}: {train.images} training images,"
-                f" {len(data.classes)} classes; {cost}; {runtime}")  # fmt: skip
-        run.log(constants)
-        cosine = CIFAR_COSINE if args.cosine else None
-        recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, cosine)
-        meta = data.metadata(args.dataset)
-        training = Training(run, runtime, train, test, args.image_size, meta, holdout)
-        if args.checkpoint:
-            run.only_now = "--checkpoint"
-            run.adopt(Path(args.checkpoint), "model_best.pth")
-        every = args.checkpoint_every
-        tracker = training.fine_tune(model, [training_stage(recipe)], every=every, last=run.last)
+    changes = args.lr, args.weight_decay, settings.cosine(args)
+    recipe = CIFAR_BASELINE.adapted(args.epochs, *changes)
 
-        accuracies = training.accuracies(tracker)
-        accuracy = accuracies["accuracy"]
+    with run.opened(about.classes):
+        state = run.resumed() or RunState(model, settings.new_record(args))
+        state.record.cost = vars(cost)
+        run.log(f"{args.net} on {args.dataset}: {data.train.images} training images,"
+                f" {len(about.classes)} classes; {cost}; {runtime}\n{constants}")  # fmt: skip
+        if args.checkpoint:
+            run.adopt(Path(args.checkpoint), "model_best.pth")
+        run.check_space(state.model)
+        callback = RunCallback(run, state, data, [Round(recipe)])
+        if state.training:
+            restore_files(run, state, callback)
+        with run.signals.deferred():
+            fit(
+                state.model, data.train, data.choosing, recipe, runtime,
+                callback=callback, resume=state.training,
+            )  # fmt: skip
+        measure_end(run, state, data)
+        accuracy = state.record.accuracy
         run.log(
             f"top-1 accuracy on the test set: {accuracy['last']:.2f} % after the last epoch;"
             f" {accuracy['best']:.2f} % after epoch {accuracy['best_epoch']},"
-            f" the best on {tracker.chosen_on}"
+            f" the best on {data.chosen_on}"
         )
-        return run.save_result({
-            "net": args.net, "dataset": args.dataset, "seed": args.seed, **accuracies,
-            "cost": asdict(cost), "history": tracker.history,
-        })  # fmt: skip
+        return run.finish(state.record)
 
 
-def find_named(path: Path, folder: Path) -> Path:
-    """What --checkpoint names: a last.pth, or the folder of one."""
+def named_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The last.pth that --checkpoint names, itself or by its folder."""
+    if not args.checkpoint:
+        return None
+    path = Path(args.checkpoint)
     path = path / "last.pth" if os.path.isdir(path) else path
-    own = folder / "last.pth"
+    own = Path(args.output) / settings.network_folder(args) / "last.pth"
     if own.exists() and path.resolve() != own.resolve():
         raise InputError(
             f"--checkpoint {path}: {own} is there already; continue that with --resume"

@@ -25,6 +25,8 @@ NETWORKS: dict[str, Callable[..., GatedModel]] = {
     **{f"resnet{depth}": partial(ResNetImageNet, depth) for depth in (18, 34, 50, 101, 152)},
 }
 
+IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
+
 # The published names of two networks with 100 classes.
 ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("gateresnet56", 100)}
 

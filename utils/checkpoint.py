@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from models import ALIASES, NETWORKS, GatedModel, build_model, check_network
+from utils.data.metadata import FORMAT, check_entries, check_format
 from utils.errors import InputError
 from utils.files import write_atomically
-from utils.metadata import FORMAT, check_entries, check_format
 from utils.pruning import PruningPlan
 from utils.surgery import prune
 

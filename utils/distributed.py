@@ -21,10 +21,55 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.gate import GatedModel
-from utils.acceleration import Acceleration
 from utils.errors import InputError, RunError
 
 T = TypeVar("T")
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How training computes. Weights, evaluation and scores are float32 whatever it says.
+
+    Attributes:
+        amp: a name of ``AMP``: convolutions and linear layers compute in that type.
+        channels_last: weights, and so activations, lie in memory pixel by pixel instead of plane by
+            plane.
+        compile: training goes through ``torch.compile``.
+        fused: the optimiser's step is one pass over the weights.
+    """
+
+    amp: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    fused: bool = False
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Around the forward pass and the loss of a training step."""
+        return torch.autocast(device.type, AMP.get(self.amp), enabled=self.amp is not None)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Keeps gradients within what fp16 can hold; does nothing for the other types."""
+        return torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+
+    def set_memory_format(self, model: nn.Module) -> nn.Module:
+        """The model, in place, in the memory layout asked for."""
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network as it is trained; weights are shared."""
+        if not self.compile:
+            return network
+        torch.compiler.reset()  # or, after a few stages, torch would give up compiling them
+        return torch.compile(network, dynamic=False)
+
+    def __str__(self) -> str:
+        words = {
+            "channels_last": self.channels_last, "compiled": self.compile,
+            "fused optimiser": self.fused,
+        }  # fmt: skip
+        return ", ".join([self.amp or "float32", *(word for word, on in words.items() if on)])
+
 
 # What gloo, NCCL and torch's store say where the other end of a connection is gone.
 LOST = re.compile(
@@ -77,10 +122,10 @@ class Runtime:
 
     def for_evaluation(self, model: GatedModel) -> nn.Module:
         """The model as it is evaluated: ranks do so on their own."""
-        self.acceleration.laid_out(model.to(self.device))
+        self.acceleration.set_memory_format(model.to(self.device))
         return nn.DataParallel(model, list(self.gpus)) if len(self.gpus) > 1 else model
 
-    def unsynced(self, model: GatedModel) -> None:
+    def undo_sync_bn(self, model: GatedModel) -> None:
         """Undo what ``sync_bn`` did to the norms: one rank alone is to run the model."""
         for name, norm in list(model.named_modules()) if self.sync_bn else ():
             if isinstance(norm, nn.SyncBatchNorm):
@@ -166,7 +211,7 @@ def select_runtime(
     device: str = "auto",
     gpus: Sequence[int] | None = None,
     sync_bn: bool = False,
-    acceleration: Acceleration = Acceleration(),  # noqa: B008 (frozen)
+    acceleration: Acceleration = Acceleration(),
 ) -> Runtime:
     """Resolve ``--device`` and ``--gpu``; join the other ranks where ``torchrun`` started this.
 

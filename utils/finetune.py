@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gate import GatedModel, folded_gates
+from utils.data.batches import Batches
 from utils.distributed import Runtime
 from utils.errors import InputError, RunError
+from utils.metrics import Metrics, RunningMetrics, progress
 from utils.recipes import Recipe
-from utils.tally import Metrics, Tally, progress
 
 # Batches between two looks at whether the loss is finite; each waits for the device.
 CHECK_EVERY = 100
@@ -27,7 +28,7 @@ DIVERGED = "training has diverged; the last good checkpoint is kept; try a lower
 
 def evaluate(
     model: GatedModel,
-    batches: Any,
+    batches: Batches,
     runtime: Runtime,
     after_batch: Callable[[], None] | None = None,
 ) -> Metrics:
@@ -38,7 +39,7 @@ def evaluate(
     """
     runtime.sync_buffers(model)
     network, was_training = runtime.for_evaluation(model), model.training
-    tally = Tally(runtime)
+    tally = RunningMetrics(runtime)
     model.eval()
     with torch.inference_mode(), folded_gates(model):
         for number, (images, labels) in enumerate(progress(batches, "evaluate", tally), start=1):
@@ -110,7 +111,9 @@ class Trainer:
         self.scaler.update()
         return logits, loss
 
-    def train(self, batches: Any, tally: Tally, where: str, done: int = 0) -> Iterator[int]:
+    def train(
+        self, batches: Any, tally: RunningMetrics, where: str, done: int = 0
+    ) -> Iterator[int]:
         """Go through the batches that follow number ``done``; yields the number of each.
 
         Raises RunError, naming ``where`` and the batch, where the loss is not finite.
@@ -153,7 +156,7 @@ class Epoch:
         return cls(fields["number"], fields["lr"], train, test, fields["images_per_second"])
 
 
-class Watch:
+class Callback:
     """What ``fit`` tells as it goes. ``state()`` makes what ``resume`` takes; all ranks call it."""
 
     def after_batch(self, batch: int, state: Callable[[], dict[str, Any]]) -> None:
@@ -168,12 +171,12 @@ class Watch:
 
 def fit(
     model: GatedModel,
-    train: Any,
-    test: Any,
+    train: Batches,
+    test: Batches,
     recipe: Recipe,
     runtime: Runtime,
     *,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     resume: Mapping[str, Any] | None = None,
     first_epoch: int = 0,
 ) -> list[Epoch]:
@@ -181,10 +184,10 @@ def fit(
 
     Args:
         model: the bare network.
-        train, test: batches, as ``utils.batches.Batches``.
+        train, test: batches, as ``utils.data.batches.Batches``.
         recipe: epochs, learning rate and schedule.
         runtime: where it runs.
-        watch: is told of every batch and every epoch.
+        callback: is told of every batch and every epoch.
         resume: continue from such a state (the model's weights are the caller's to load).
         first_epoch: added to the number of the epoch that ``train`` is asked for; a later stage of
             the same run draws other orders and augmentations than an earlier one.
@@ -192,14 +195,14 @@ def fit(
     Returns what every epoch did. Raises RunError, with epoch, batch and learning rate, where the
     loss is not finite any more.
     """
-    watch, trainer = watch or Watch(), Trainer(model, recipe, runtime)
+    callback, trainer = callback or Callback(), Trainer(model, recipe, runtime)
     start, batch, sums = 0, 0, None
     if resume is not None:
         trainer.load_state_dict(resume)
         start, batch, sums = resume["epoch"], resume["batch"], resume["sums"]
 
     def state(
-        epoch: int, batch: int = 0, tally: Tally | None = None, where: str = ""
+        epoch: int, batch: int = 0, tally: RunningMetrics | None = None, where: str = ""
     ) -> dict[str, Any]:
         """After ``batch`` batches of the epoch that follows ``epoch`` whole ones."""
         if tally:
@@ -214,16 +217,16 @@ def fit(
         lr, began = trainer.lr, time.perf_counter()
         title = f"epoch {epoch + 1}/{recipe.epochs}"
         where = f"{title} at learning rate {lr:g}"
-        tally = Tally(runtime, sums)
+        tally = RunningMetrics(runtime, sums)
         done = batch
         for done in trainer.train(progress(train, title, tally), tally, where, batch):
-            watch.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
+            callback.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
         trainer.check_weights(where)
         trained, seconds = tally.metrics(), time.perf_counter() - began
 
         # A long evaluation can be interrupted; ranks have not equally many batches to agree in.
         alone = runtime.world_size == 1
-        stop = partial(watch.while_evaluating, partial(state, epoch, done, tally, where))
+        stop = partial(callback.while_evaluating, partial(state, epoch, done, tally, where))
         tested = evaluate(model, test, runtime, stop if alone else None)
         with warnings.catch_warnings():
             # An epoch that is resumed behind its last batch has no step of the optimiser left.
@@ -232,5 +235,5 @@ def fit(
         images_now = trained.images - (sums[3] if sums else 0)
         batch, sums = 0, None
         history.append(Epoch(epoch + 1, lr, trained, tested, images_now / seconds))
-        watch.after_epoch(history[-1], lambda: state(epoch + 1))  # noqa: B023
+        callback.after_epoch(history[-1], lambda: state(epoch + 1))  # noqa: B023
     return history

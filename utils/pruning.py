@@ -65,6 +65,14 @@ class PruningPlan:
         losing = {name: keep for name, keep in self.keep.items() if len(keep) < widths[name]}
         return PruningPlan(losing)
 
+    def only(self, groups: Sequence[str]) -> PruningPlan:
+        """The part of the plan for these groups."""
+        return PruningPlan({name: keep for name, keep in self.keep.items() if name in groups})
+
+    def then(self, plan: PruningPlan) -> PruningPlan:
+        """What is left of the unpruned network once ``plan`` has cut what this one left."""
+        return PruningPlan(compose_kept(self.keep, plan))
+
     def apply_mask(self, model: GatedModel) -> GatedModel:
         """Zero the gates of all channels that go, in place; the output is the pruned model's."""
         losing = self.losses(model.group_widths())

@@ -136,6 +136,31 @@ CRITERIA = {
 }
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How channels are scored.
+
+    Attributes:
+        criterion: a name of ``CRITERIA``.
+        w_beta: weight of the beta term.
+        images: how many images the scoring batch has.
+        seed: draws them at random; None for the first of the last tenth of the training set.
+        recompute: compute activations again on the way back, to save memory.
+        random_seed: of the criterion ``random``.
+    """
+
+    criterion: str
+    w_beta: float
+    images: int
+    seed: int | None
+    recompute: bool
+    random_seed: int
+
+    @property
+    def looks_at_images(self) -> bool:
+        return CRITERIA[self.criterion].gradients is not None
+
+
 def channel_saliency(
     model: GatedModel,
     images: Tensor,

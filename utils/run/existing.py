@@ -1,4 +1,4 @@
-"""What a folder holds: nothing, a finished run, or one to continue; is it the same run?"""
+"""What a folder holds already: a finished run, a run to continue, or another experiment."""
 
 from __future__ import annotations
 
@@ -110,6 +110,11 @@ def load_resumable(path: Path, net: str) -> Checkpoint:
     last = load_checkpoint(path, net)
     if not {"training", "config"} <= last.meta.keys():
         raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
+    if "record" not in last.meta["training"]:
+        raise InputError(
+            f"{path}: an earlier version began this run and has to finish it; or start it again"
+            " with --overwrite"
+        )
     return last
 
 

@@ -17,7 +17,7 @@ import torch
 from models import check_network
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
-from utils.signals import Signals
+from utils.run.signals import Signals
 
 KILLED = (
     "a data worker was killed, perhaps for want of memory; use fewer --workers or smaller batches,"

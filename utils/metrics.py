@@ -30,7 +30,7 @@ class Metrics:
         return f"{self.accuracy:.2f} % of {self.images} images right, loss {self.loss:.3f}"
 
 
-class Tally:
+class RunningMetrics:
     """Sums of loss and hits, kept on the device so that no batch waits for a transfer."""
 
     def __init__(self, runtime: Runtime, sums: list[float] | None = None):
@@ -67,7 +67,7 @@ class Tally:
             raise RunError(f"the loss is not finite in {where}, batch {first:.0f}: {why}")
 
 
-def progress(batches: Any, title: str, tally: Tally) -> Iterable[tuple[Tensor, Tensor]]:
+def progress(batches: Any, title: str, tally: RunningMetrics) -> Iterable[tuple[Tensor, Tensor]]:
     """The batches, behind a progress bar where there is a terminal to draw it on."""
     if not (tally.runtime.is_main and sys.stderr.isatty()):
         yield from batches

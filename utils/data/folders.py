@@ -6,10 +6,10 @@ Worker processes decode and augment in uint8; normalisation happens on the devic
 from __future__ import annotations
 
 import os
-import re
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,15 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from utils.batches import random_stream, split_batches
-from utils.checkpoint import Checkpoint
-from utils.data import ImageSamples, Normalisation, ignore_warnings_of_pillow, read_image
+from utils.data.batches import (
+    About,
+    Data,
+    Normalisation,
+    hold_out,
+    random_stream,
+    split_batches,
+)
+from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
 
@@ -93,7 +99,7 @@ class FolderImages(Dataset):
 
 
 class FolderBatches:
-    """An iterable over (normalised images, labels) on the device, as ``utils.batches.Batches``.
+    """Batches (``utils.data.batches.Batches``) of images that are read from their files.
 
     Args:
         samples: (path, label) of every image.
@@ -220,37 +226,37 @@ def _parts(indices: Tensor, size: int = 32) -> list[list[int]]:
     return [part.tolist() for part in indices.split(size)]
 
 
-def folder_metadata(
-    crops: Crops,
-    normalisation: Normalisation,
-    source: str | None,
-    classes: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint says of its data; ``source`` is where the unpruned weights came from."""
-    return {
-        "dataset": "imagenet",
-        "source": source,
-        "image_size": crops.size,
-        "resize": crops.resize,
-        "normalisation": normalisation.as_dict(),
-        **({"classes": list(classes)} if classes else {}),
-    }
+@contextmanager
+def folder_batches(
+    train: ImageSamples,
+    val: ImageSamples,
+    about: About,
+    batch_size: int,
+    runtime: Runtime,
+    *,
+    seed: int,
+    workers: int,
+    holdout: int = 0,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Iterator[Data]:
+    """The batches of a run; worker processes end with the block."""
+    trained, held = hold_out(train, holdout)
+    crops = Crops(about.image_size, about.resize)
 
+    def batches(images: ImageSamples | None, limit: int | None) -> FolderBatches | None:
+        if not images:
+            return None
+        augment = images is trained
+        return FolderBatches(
+            images, batch_size, crops, runtime, workers=workers, augment=augment, seed=seed,
+            limit=limit, normalisation=about.normalisation,
+        )  # fmt: skip
 
-def check_head(baseline: Checkpoint, classes: Sequence[str], data: str) -> None:
-    """Raise InputError unless the network's classes are those of the data, in their order.
-
-    Weights of torchvision name no classes: theirs are ImageNet's, whose folders are called by
-    WordNet id and come in the order of these names.
-    """
-    trained = baseline.model.num_classes
-    advice = "--new_head starts a fresh classifier for other classes"
-    if trained != len(classes):
-        raise InputError(f"{data} has {len(classes)} classes, the checkpoint {trained}; {advice}")
-    known = baseline.meta.get("classes")
-    if known is None and trained == 1000:
-        odd = next((name for name in classes if not re.fullmatch(r"n\d{8}", name)), None)
-        if odd:
-            raise InputError(f"{data}: {odd!r} is no WordNet id such as n01440764; {advice}")
-    elif known is not None and list(known) != list(classes):
-        raise InputError(f"{data} has other classes than the checkpoint; {advice}")
+    parts = ((trained, limit_train), (val, limit_test), (held, limit_test))
+    made = [batches(*part) for part in parts]
+    try:
+        yield Data(*made, about)
+    finally:
+        for part in filter(None, made):
+            part.close()

@@ -1,16 +1,11 @@
-"""The flags that several scripts share, and what follows from them."""
+"""The flags of the scripts. What follows from them is in utils/cli/settings.py."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from pathlib import Path
-from typing import Any
 
-from models import ALIASES, NETWORKS
-from utils.acceleration import AMP, Acceleration
-from utils.cli import (
+from models import ALIASES, IMAGENET_NETWORKS, NETWORKS
+from utils.cli.parser import (
     channel_values,
     count,
     count_or_zero,
@@ -22,16 +17,14 @@ from utils.cli import (
     share,
     weight,
 )
-from utils.data import DATASETS, Normalisation
+from utils.data.small import DATASETS
+from utils.distributed import AMP
 from utils.pruning import SCOPES
-from utils.recipes import Cosine, Recipe, Recipes
+from utils.recipes import Recipe, Recipes
 from utils.saliency import CRITERIA
 
 # One flag reads best on one line, or on one and its help text.
 # fmt: off
-
-
-IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
 
 
 def add_network_flag(parser: argparse.ArgumentParser) -> None:
@@ -221,11 +214,6 @@ def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
     add("--fused", action="store_true", help="step the optimiser in one pass over the weights")
 
 
-def acceleration(args: argparse.Namespace) -> Acceleration:
-    """What those flags say."""
-    return Acceleration(args.amp, args.channels_last, args.compile, args.fused)
-
-
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """What every run has."""
     add_device_flags(parser)
@@ -254,173 +242,3 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # fmt: on
-
-
-def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """A network of 100 classes goes with no data set of ten; found out before any download."""
-    name, classes = ALIASES.get(args.net, (args.net, None))
-    if classes == 100 and args.dataset in ("cifar10", "synthetic"):
-        parser.error(
-            f"--net {args.net} has 100 classes and {args.dataset} has 10;"
-            f" use --dataset cifar100 or --net {name}"
-        )
-
-
-def check_overwrite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """A run is continued or replaced."""
-    if args.overwrite and args.resume:
-        parser.error("--resume and --overwrite do not go together")
-
-
-def check_normalisation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """One without the other is a slip."""
-    if (args.mean is None) != (args.std is None):
-        parser.error("--mean and --std go together")
-
-
-def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself; ``--smooth`` needs a last stage, which leaves checkpoints."""
-    ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
-    if len(ways) > 1:
-        parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
-    for flag, way in (("step_epochs", "steps"), ("smooth_epochs", "smooth"),
-                      ("final_epochs", "smooth")):  # fmt: skip
-        if getattr(args, flag) is not None and not getattr(args, way):
-            parser.error(f"--{flag} goes with --{way}")
-    if args.from_scratch and not args.epochs:
-        parser.error("--from_scratch needs --epochs of at least 1")
-    stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
-    final = args.epochs if args.final_epochs is None else args.final_epochs
-    if args.smooth and stages and not final:
-        parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
-
-
-def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The flags of one schedule say nothing to the other."""
-    for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
-        if args.sched == "step" and getattr(args, flag) != args.defaults[flag]:
-            parser.error(f"--{flag} goes with --sched cosine")
-
-
-def resolve_criterion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Turn --no_beta and --beta_only into the criterion that they stand for, and put settings that
-    it does not look at back to their defaults, with a warning.
-    """
-    for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
-        if getattr(args, flag):
-            if args.criterion not in ("gfbs", criterion):
-                parser.error(f"--{flag} means --criterion {criterion}, not {args.criterion}")
-            args.criterion = criterion
-    del args.beta, args.no_beta, args.beta_only
-    args.defaults["scope"] = CRITERIA[args.criterion].scope
-    args.scope = args.scope or args.defaults["scope"]
-    ignored = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
-    if not CRITERIA[args.criterion].gradients:
-        ignored += ["score_images", "score_seed"]
-    without_effect = [flag for flag in ignored if getattr(args, flag) != args.defaults[flag]]
-    for flag in without_effect:
-        setattr(args, flag, args.defaults[flag])
-    if without_effect:
-        flags = " and ".join(f"--{flag}" for flag in without_effect)
-        warn(f"{flags}: without effect, {args.criterion} does not look at it")
-
-
-def resolve_floor(args: argparse.Namespace, widest: int) -> None:
-    """A floor above the width of every group is the same as the widest group's."""
-    if args.min_channels > widest:
-        warn(f"--min_channels {args.min_channels}: no group has more than {widest} channels,"
-             " so nothing is cut")  # fmt: skip
-        args.min_channels = widest
-
-
-def warn(text: str) -> None:
-    """One line on stderr, of the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", file=sys.stderr)
-
-
-def resolve_ratio(args: argparse.Namespace) -> None:
-    """The published ratio where neither a ratio nor a budget is asked for."""
-    if args.macs is None and args.params is None and args.p is None:
-        args.p = args.default_p
-    del args.default_p
-
-
-# Flags that say where and how a run computes, not what: runs that differ in nothing else are one
-# and the same experiment.
-NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "defaults",
-    "deterministic", "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished",
-    "workers",
-}  # fmt: skip
-
-
-def flag_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that make an experiment what it is."""
-    return {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
-
-
-def configuration(args: argparse.Namespace, baseline: str | None = None) -> dict[str, Any]:
-    """What makes an experiment what it is: flags, and the weights that it starts from.
-
-    Which images it sees (``utils.data.identity``) comes to it where they are listed.
-    """
-    return {**flag_values(args), "baseline": baseline}
-
-
-def logdir(args: argparse.Namespace) -> Path:
-    """Where TensorBoard files go."""
-    return Path(args.logdir) if args.logdir else Path(args.output) / "runs"
-
-
-def normalisation(args: argparse.Namespace) -> Normalisation | None:
-    """What --mean and --std say."""
-    return Normalisation(args.mean, args.std) if args.mean else None
-
-
-def imagenet_cosine(args: argparse.Namespace) -> Cosine | None:
-    """The schedule of --sched cosine; None for steps."""
-    if args.sched == "step":
-        return None
-    return Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
-
-
-def adapt(args: argparse.Namespace, published: Recipes, cosine: Cosine | None) -> Recipes:
-    """The published recipes with what the command line asks for."""
-    stage_epochs = args.step_epochs if args.steps else args.smooth_epochs
-    return published.adapted(
-        args.epochs, stage_epochs, args.final_epochs, args.lr, args.weight_decay, cosine
-    )
-
-
-# Settings that have a place of their own in the name of a run, or in its folder's.
-NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps", "from_scratch",
-         "seed"}  # fmt: skip
-
-
-def run_name(args: argparse.Namespace) -> str:
-    """Name of a pruning run, below the folder of its network: ``gfbs_p0.7_smooth_seed1``, and then
-    every setting that is not at its default.
-    """
-    sizes = {"p": args.p, "macs": args.macs, "params": args.params}
-    how_much = next(_named(name, value) for name, value in sizes.items() if value is not None)
-    steps = f"_steps{args.steps}" if args.steps else ""
-    how = f"{'_smooth' * args.smooth}{steps}{'_scratch' * args.from_scratch}"
-    unusual = "".join(
-        f"_{_named(flag.replace('_', ''), value)}"
-        for flag, value in sorted(flag_values(args).items())
-        if flag not in NAMED and value != args.defaults.get(flag)
-    )
-    return f"{args.criterion}_{how_much}{how}_seed{args.seed}{unusual}"
-
-
-def _named(name: str, value: Any) -> str:
-    if value is True:
-        return name
-    values = value if isinstance(value, tuple) else (value,)
-    return name + ",".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)
-
-
-def network_folder(args: argparse.Namespace) -> str:
-    """Where a network's results go below OUTPUT: its name, and the data set unless CIFAR-10."""
-    return args.net if args.dataset == "cifar10" else f"{args.net}_{args.dataset}"

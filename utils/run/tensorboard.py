@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.finetune import Epoch
+from utils.run.record import Record
 
 
-class Board:
+class TensorBoardLog:
     """TensorBoard files; a run goes on without them where they cannot be written any more.
 
     Args:
@@ -67,11 +68,12 @@ class Board:
             for name, scores in saliency.items() if board else ():
                 board.add_histogram(f"saliency/{name}", scores.detach().cpu(), step)
 
-    def draw_surgery(self, result: Mapping[str, Any], step: int) -> None:
+    def draw_surgery(self, record: Record) -> None:
         """The channels that every group keeps after a round, as curves and a table."""
+        step = len(record.history)
         rows = ["| group | before | after |", "| --- | --- | --- |"]
         with self._drawing() as board:
-            for name, channels in result["channels"].items() if board else ():
+            for name, channels in record.channels.items() if board else ():
                 board.add_scalar(f"channels/{name}", channels["after"], step)
                 rows.append(f"| {name} | {channels['before']} | {channels['after']} |")
             if board:
@@ -86,19 +88,19 @@ class Board:
                     "configuration", "\n".join(["| flag | value |", "| --- | --- |", *rows])
                 )
 
-    def draw_result(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    def draw_result(self, record: Record) -> None:
         """The HPARAMS tab: what was asked for beside what came out."""
         asked = {
             k: v if isinstance(v, (bool, int, float)) else str(v)
-            for k, v in config.items()
+            for k, v in record.config.items()
             if v is not None
         }
         metrics = {
             f"result/accuracy/{name}": value
-            for name, value in result["accuracy"].items()
+            for name, value in record.accuracy.items()
             if value is not None and name != "best_epoch"
         }
-        for name, cost in result["cost"].items():
+        for name, cost in record.cost.items():
             metrics[f"result/{name}"] = cost["after"] if isinstance(cost, Mapping) else cost
         with self._drawing() as board:
             if board:
@@ -110,9 +112,6 @@ class Board:
         """The board, if there is one; a run goes on without it where it cannot be written."""
         try:
             yield self.writer
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: a histogram that TensorBoard cannot bin
+        except (OSError, ValueError) as error:  # ValueError: a histogram that it cannot bin
             self.writer = None
             self.warn(f"warning: no more TensorBoard files: they cannot be written ({error})")

@@ -1,0 +1,1 @@
+"""Command lines: the parser, the flags, and the settings that follow from them."""

@@ -1,0 +1,1 @@
+"""A run: its folder, its record, its rounds, and what happens as it goes on."""

@@ -1,0 +1,75 @@
+"""The network to prune: where it is, and whether it fits the data."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+from models import IMAGENET_NETWORKS
+from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.cost import model_cost
+from utils.data.batches import About
+from utils.errors import InputError
+from utils.metrics import Metrics
+
+
+def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
+    """A file, or ``model_best.pth`` in ``place/folder`` or in ``place``; in float32 on the CPU."""
+    place = Path(place)
+    if place.is_file() or (place.suffix and not place.is_dir()):
+        path = place
+    else:
+        choices = [place / folder / "model_best.pth", place / "model_best.pth"]
+        path = next(filter(os.path.isfile, choices), choices[0])
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        maker = "prepare_torch_imagenet_models.py" if net in IMAGENET_NETWORKS else "train.py"
+        raise InputError(
+            f"{path}: no such checkpoint; make one with {maker}, or name another with --checkpoint"
+        ) from None
+    except OSError:
+        pass  # load_checkpoint says why it cannot be read
+    checkpoint = load_checkpoint(path, net)
+    checkpoint.model.float()
+    return checkpoint
+
+
+def check_classes(baseline: Checkpoint, about: About, data: str, advice: str) -> None:
+    """Raise InputError unless the network's classes are those of the data, in their order.
+
+    Weights of torchvision name no classes: theirs are ImageNet's 1000, whose folders are called by
+    WordNet id and come in the order of these names.
+    """
+    classes, trained = about.classes, baseline.model.num_classes
+    if trained != len(classes):
+        raise InputError(
+            f"{data} has {len(classes)} classes, the checkpoint was trained on {trained}; {advice}"
+        )
+    known = baseline.meta.get("classes")
+    if known is None and about.dataset == "imagenet" and trained == 1000:
+        odd = next((name for name in classes if not re.fullmatch(r"n\d{8}", name)), None)
+        if odd:
+            raise InputError(f"{data}: {odd!r} is no WordNet id such as n01440764; {advice}")
+    for ours, theirs in zip(known or (), classes, strict=False):
+        if ours != theirs:
+            raise InputError(
+                f"{data} has class {theirs!r} where the checkpoint has {ours!r}; {advice}"
+            )
+
+
+def check_size(baseline: Checkpoint, image_size: int) -> None:
+    """Raise InputError for images of another size than the network was trained on."""
+    size = baseline.meta.get("image_size", image_size)
+    if size != image_size:
+        raise InputError(f"--image_size {image_size}: the checkpoint was trained at {size}")
+    model_cost(baseline.model, image_size)
+
+
+def at_chance(metrics: Metrics, classes: int) -> bool:
+    """Whether guessing would be as good, within two standard deviations."""
+    chance = 1 / classes
+    noise = math.sqrt(chance * (1 - chance) / metrics.images)
+    return metrics.accuracy <= 100 * (chance + 2 * noise)

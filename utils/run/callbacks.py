@@ -1,0 +1,89 @@
+"""What happens as a run trains: log lines, TensorBoard, last.pth, model_best.pth, and signals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from utils.data.batches import Data
+from utils.errors import Interrupted
+from utils.finetune import Callback, Epoch
+from utils.run.folder import RunFolder, format_seconds
+from utils.run.rounds import Round
+from utils.run.state import RunState
+
+
+class RunCallback(Callback):
+    """Listens to ``utils.finetune.fit`` in one round of a run, saves its state, obeys signals.
+
+    Args:
+        run: the folder that everything goes to.
+        state: of the run; its record gains every epoch.
+        data: what is trained and tested on.
+        rounds: of the run. Only the last one writes model_best.pth: before it, not everything is
+            cut.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        state: RunState,
+        data: Data,
+        rounds: Sequence[Round],
+    ):
+        self.run, self.state, self.runtime = run, state, run.runtime
+        self.meta, self.chosen_on = data.about.metadata(), data.chosen_on
+        self.epochs = rounds[state.round].recipe.epochs
+        self.keep_best = state.round == len(rounds) - 1
+        shrunk = state.record.shrunk
+        train = (r for r in rounds if r.groups is None or shrunk & set(r.groups))
+        self.total_epochs = sum(r.recipe.epochs for r in train)  # to estimate the time left
+        self.began, self.done_before = time.perf_counter(), len(state.record.history)
+
+    def after_batch(self, batch: int, training: Callable[[], dict[str, Any]]) -> None:
+        every = self.run.settings.checkpoint_every
+        # All ranks stop at the same batch.
+        signum = self.runtime.most(self.run.signals.received)
+        if signum or (every and batch % every == 0):
+            self._save_last(training())
+        if signum:
+            raise Interrupted(signum, f"stopped after batch {batch}")
+
+    def while_evaluating(self, training: Callable[[], dict[str, Any]]) -> None:
+        if self.run.signals.received:
+            self._save_last(training())
+            raise Interrupted(self.run.signals.received, "stopped in the evaluation")
+
+    def after_epoch(self, epoch: Epoch, training: Callable[[], dict[str, Any]]) -> None:
+        record, number = self.state.record, self.state.round + 1
+        record.add_epoch(epoch, number, self.chosen_on)
+        done = len(record.history)
+        pace = (time.perf_counter() - self.began) / (done - self.done_before)
+        self.run.log(
+            f"epoch {epoch.number}/{self.epochs}  lr {epoch.lr:.4g}"
+            f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
+            f"  {self.chosen_on} {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
+            f"  {epoch.images_per_second:.0f} images/s"
+            f"  {format_seconds(pace * (self.total_epochs - done))} left"
+        )
+        if self.keep_best and record.best(number).number == epoch.number:
+            self.save_best()
+        self._save_last(training())
+        self.run.board.draw_epoch(epoch, done, self.chosen_on)
+        signum = self.runtime.most(self.run.signals.received)
+        if signum:
+            raise Interrupted(signum, f"stopped after epoch {epoch.number}")
+
+    def save_best(self) -> None:
+        """Write model_best.pth, of the epoch that has just ended."""
+        best = self.state.record.best(self.state.round + 1)
+        about = {"accuracy": best.test.accuracy, "tested_on": self.chosen_on}
+        about |= {"epoch": best.number, "chosen": f"best on {self.chosen_on}"}
+        self.run.save("model_best.pth", self.state.model, **self.meta, **about)
+
+    def _save_last(self, training: dict[str, Any]) -> None:
+        epochs = self.state.record.epochs(self.state.round + 1)
+        about = {"accuracy": epochs[-1].test.accuracy if epochs else None}
+        about |= {"tested_on": self.chosen_on, "epoch": training["epoch"]}
+        self.run.save_last(self.state, training, **self.meta, **about)
