@@ -34,7 +34,7 @@ import torch
 import gfbs_cifar
 import train
 from utils.checkpoint import load_model
-from utils.cli import run_script
+from utils.cli.parser import run_script
 
 COMMON = "--net gateresnet20 --dataset synthetic --image_size 8 --device cpu --bs 64"
 TRAIN = f"{COMMON} --epochs 2 --limit_train_batches 12 --limit_test_batches 1"

@@ -17,23 +17,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from utils import tracker
-from utils.cli import run_script
+from utils.cli.parser import run_script
+from utils.run import callbacks
 
 script, folder, *argv = sys.argv[1:]
 rank = os.environ["RANK"]
-call = tracker.Tracker.after_epoch
+call = callbacks.RunCallback.after_epoch
 
 
 def tell(self, epoch, state):
     if os.environ.get("GFBS_TEST_DIES") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     call(self, epoch, state)
-    end = {"weights": self.model.state_dict(), "accuracy": epoch.test.accuracy}
+    end = {"weights": self.state.model.state_dict(), "accuracy": epoch.test.accuracy}
     torch.save(end, Path(folder) / f"rank{rank}.pt")
 
 
-tracker.Tracker.after_epoch = tell
+callbacks.RunCallback.after_epoch = tell
 module = importlib.import_module(script)
 sys.argv = [f"{script}.py", *argv]
 sys.exit(run_script(module.parse_args, module.main))

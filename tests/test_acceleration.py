@@ -8,20 +8,26 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, random_batch, random_model, relative_difference
-from runs import one_run, run_gfbs, same_weights
+from helpers import (
+    CPU,
+    batches_of,
+    one_run,
+    random_batch,
+    random_model,
+    relative_difference,
+    run_gfbs,
+    same_weights,
+)
 from torch.optim import SGD
 
 from models import Gate, build_model
 from models.gate import folded_gates
-from utils.acceleration import Acceleration
-from utils.batches import image_batches
-from utils.data import load_data
-from utils.distributed import Runtime, select_runtime
+from utils.data.small import load_data
+from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.errors import InputError
 from utils.finetune import Trainer, evaluate, fit
 from utils.recipes import Recipe
-from utils.tracker import Tracker
+from utils.run.callbacks import RunCallback
 
 RECIPE = Recipe(epochs=2, lr=0.05, weight_decay=1e-4, milestones=(1,), gamma=0.2)
 FAST = [
@@ -34,7 +40,8 @@ FAST = [
 
 def batches(limit=12):
     data = load_data("synthetic", "unused", 8)
-    return image_batches(data, 64, CPU, seed=1, limit_train=limit, limit_test=1)[:2]
+    batches = batches_of(data, 64, limit_train=limit, limit_test=1)
+    return batches.train, batches.test
 
 
 def runtime_with(acceleration):
@@ -115,14 +122,14 @@ def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     options = [*flags, "--p", "0.5", "--epochs", "2", "--checkpoint", str(trained)]
     run_gfbs(*options, "--output", "whole")
-    after_epoch = Tracker.after_epoch
+    after_epoch = RunCallback.after_epoch
 
     def stop(self, epoch, state):
         after_epoch(self, epoch, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Tracker, "after_epoch", stop)
+        patched.setattr(RunCallback, "after_epoch", stop)
         run_gfbs(*options, "--output", "broken")
     result = run_gfbs(*options, "--output", "broken", "--resume")
     assert len(result["history"]) == 2

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, random_model
-from runs import run_gfbs, run_train
+from helpers import random_batch, random_model, run_gfbs, run_train
 from test_models import Nested
 
 import models
 from utils.checkpoint import checksum, load_checkpoint, load_model, read_state_dict, save_checkpoint
 from utils.errors import InputError
-from utils.experiment import load_baseline
 from utils.pruning import PruningPlan
+from utils.run.baseline import load_baseline
 from utils.surgery import prune
 
 

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, random_model
+from helpers import CPU, make_folder, random_model
 from PIL import Image
-from runs import make_folder
 
 import gfbs_cifar
 import gfbs_imagenet
 import train
-from utils import data, image_folders
 from utils.checkpoint import save_checkpoint
-from utils.cli import run_script
-from utils.data import list_folders, load_data
+from utils.cli.parser import run_script
+from utils.data import folders, listing
+from utils.data.folders import Crops, FolderBatches
+from utils.data.listing import list_folders
+from utils.data.small import load_data
 from utils.errors import InputError
-from utils.image_folders import Crops, FolderBatches
 
 
 def refusal(action, *args):
@@ -71,7 +71,7 @@ def test_other_links_and_folders_within_a_class_are_followed(tmp_path):
     (cats / "notes.txt").write_text("no image")
     shutil.rmtree(tmp_path / "images" / "train" / "dog")
     (tmp_path / "images" / "train" / "dog").symlink_to(tmp_path / "elsewhere" / "more" / "dog")
-    samples, _ = data.list_images(tmp_path / "images" / "train")
+    samples, _ = listing.list_images(tmp_path / "images" / "train")
     names = [f"cat/{name}" for name in ("0.png", "3.png", "4.png", "5.png")]
     names += ["cat/link.png", "cat/moved.PNG", "cat/deep/2.png"]
     names += [f"cat/linked/{i}.png" for i in range(6)] + [f"dog/{i}.png" for i in range(6)]
@@ -228,7 +228,7 @@ def test_pillow_warns_of_nothing(tmp_path, monkeypatch, capfd, workers):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # the image of 60x60 is above
     if not workers:
         load_data("folder", tmp_path, image_size=32)
-    samples, _ = data.list_images(tmp_path / "train")
+    samples, _ = listing.list_images(tmp_path / "train")
     batches = FolderBatches(samples, 4, Crops(32, 36), CPU, workers=workers)
     assert len(torch.cat([labels for _, labels in batches])) == 12
     batches.close()
@@ -306,14 +306,14 @@ def test_a_baseline_at_chance_is_told_of(place, capsys):
 
 def test_a_killed_worker_is_one_line(place, monkeypatch, capfd):
     """In evaluation as in training."""
-    read, main = image_folders.read_image, os.getpid()
+    read, main = folders.read_image, os.getpid()
 
     def die(path):
         if "val" in path and os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(path)
 
-    monkeypatch.setattr(image_folders, "read_image", die)
+    monkeypatch.setattr(folders, "read_image", die)
     assert outcome(gfbs_imagenet, *IMAGENET, "--workers", "1", "--train_bs", "4") == 1
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "a data worker was killed" in said and "--workers" in said

@@ -6,8 +6,7 @@ import json
 from itertools import count
 
 import pytest
-from conftest import CPU, random_batch, random_model
-from runs import make_folder
+from helpers import CPU, make_folder, random_batch, random_model
 
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import timing

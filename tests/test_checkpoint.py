@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, random_model
+from helpers import random_batch, random_model
 from test_surgery import random_plan
 
 from models import NETWORKS

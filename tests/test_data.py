@@ -9,13 +9,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from helpers import CPU, make_folder
 from PIL import Image
-from runs import make_folder
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from utils.batches import Batches, scoring_indices
-from utils.data import CIFAR10_NORMALISATION, ImageSet, load_data, read_image
+from utils.data.batches import scoring_indices
+from utils.data.listing import read_image
+from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet, load_data
 from utils.errors import InputError
 
 
@@ -167,7 +167,7 @@ def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):
 
 def batches(count=50, batch_size=16, layout=torch.contiguous_format, **options):
     images = numbered_images(count, layout=layout)
-    return Batches(images, batch_size, CIFAR10_NORMALISATION, CPU, **options)
+    return ImageBatches(images, batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
 
 def test_an_epoch_shows_every_image_once_in_another_order():

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import random_model
-from runs import COMMON, make_folder, run_gfbs
+from helpers import COMMON, make_folder, random_model, run_gfbs
 
 import gfbs_cifar
 import gfbs_imagenet
@@ -25,9 +24,9 @@ import prepare_torch_imagenet_models as prepare
 import train
 from tools import export
 from utils.checkpoint import save_checkpoint
-from utils.cli import run_script
+from utils.cli.parser import run_script
 from utils.errors import InputError, Interrupted
-from utils.tracker import Tracker
+from utils.run.callbacks import RunCallback
 
 LONG = "x" * 300
 
@@ -85,7 +84,7 @@ def test_a_lost_rank_is_one_line_that_says_what_the_backend_said(group, said, ca
 
 def interrupted(monkeypatch, *command, spec=None):
     """What a script that is interrupted in training says to continue with, as words."""
-    call = Tracker.after_batch
+    call = RunCallback.after_batch
 
     def after_batch(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +93,7 @@ def interrupted(monkeypatch, *command, spec=None):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", list(command))
         patch.setattr(sys.modules["__main__"], "__spec__", spec)
-        patch.setattr(Tracker, "after_batch", after_batch)
+        patch.setattr(RunCallback, "after_batch", after_batch)
         with pytest.raises(Interrupted) as stop:
             train.main(train.parse_args())
     return shlex.split(stop.value.resume_with)

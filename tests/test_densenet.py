@@ -8,17 +8,17 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import random_batch, random_model, relative_difference, settle
+from helpers import random_batch, random_model, relative_difference, settle
 from test_saliency import formula
 from test_surgery import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
 from models.selector import ChannelSelector
-from utils.budget import planned_cost
 from utils.cost import model_cost
 from utils.pruning import PruningPlan
 from utils.saliency import channel_saliency
+from utils.selection import planned_cost
 from utils.surgery import prune, split_plan
 
 NETS = ["gatedensenet40", "gatedensenet100_bc"]

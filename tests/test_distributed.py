@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, random_model
-from runs import make_folder
+from helpers import CPU, make_folder, random_model
 from torch import nn
 
-from utils.batches import split_batches
 from utils.checkpoint import save_checkpoint
+from utils.data.batches import split_batches
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.pruning import PruningPlan

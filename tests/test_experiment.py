@@ -6,18 +6,15 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU
-from runs import one_run, run_gfbs, run_train, same_weights, snapshot
+from helpers import CPU, batches_of, one_run, run_gfbs, run_train, same_weights, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gfbs_cifar
 import gfbs_imagenet
 from tools import export, results
-from utils import experiment, training
-from utils.batches import Batches, image_batches
 from utils.checkpoint import load_checkpoint, load_model
 from utils.cost import model_cost
-from utils.data import ImageData, load_data
+from utils.data.small import ImageBatches, load_data
 from utils.errors import InputError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
@@ -40,7 +37,7 @@ def test_rounds_take_equal_shares_of_the_original_entries(trained):
         kept = round(whole * (1 - done["ratio"]))
         assert wanted <= kept <= wanted + 3 * 64  # the cut may move on past coupled channels
     assert len(result["rounds"]) == 3
-    assert [epoch["stage"] for epoch in result["history"]] == [1, 1, 2, 2, 3, 3, 4]
+    assert [epoch["round"] for epoch in result["history"]] == [1, 1, 2, 2, 3, 3, 4]
     run = one_run(trained, "gfbs_p0.6_steps3_seed1")
     last, plan = (
         load_model(run / "last.pth"),
@@ -54,13 +51,13 @@ def test_rounds_take_equal_shares_of_the_original_entries(trained):
 
 def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypatch):
     scored = []
-    original = experiment.channel_saliency
+    original = gfbs_cifar.channel_saliency
 
     def spy(model, *args, **options):
         scored.append(copy.deepcopy(model.state_dict()))
         return original(model, *args, **options)
 
-    monkeypatch.setattr(experiment, "channel_saliency", spy)
+    monkeypatch.setattr(gfbs_cifar, "channel_saliency", spy)
     run_gfbs("--p", "0.6", "--steps", "2", "--step_epochs", "1")
     first, second = scored
     baseline = load_model(trained / "model_best.pth").state_dict()
@@ -114,13 +111,13 @@ def test_rounding_leaves_multiples(trained):
 
 def test_from_scratch_keeps_the_shape_and_nothing_of_the_weights(trained, monkeypatch):
     begun = []
-    original = training.fit
+    original = gfbs_cifar.fit
 
     def spy(model, train, test, recipe, *args, **options):
         begun.append((copy.deepcopy(model), recipe))
         return original(model, train, test, recipe, *args, **options)
 
-    monkeypatch.setattr(training, "fit", spy)
+    monkeypatch.setattr(gfbs_cifar, "fit", spy)
     run_gfbs("--p", "0.5", "--from_scratch", "--epochs", "2")
     fresh, recipe = begun[0]
     pruned = load_model(one_run(trained, "gfbs_p0.5_scratch_seed1") / "pruned.pth")
@@ -148,7 +145,8 @@ def test_recalibration_averages_the_statistics_of_the_batches(trained):
     before = load_model(one_run(trained, "gfbs_p0.4_seed1") / "pruned.pth")
     after = load_model(one_run("again/gateresnet20_folder", "gfbs_p0.4_seed1") / "pruned.pth")
     data = load_data("folder", "images", 16)
-    train, test, _ = image_batches(data, 8, CPU, seed=1)
+    batches = batches_of(data, 8)
+    train, test = batches.train, batches.test
     inputs = []
     before.conv1.register_forward_hook(lambda *hooked: inputs.append(hooked[2].detach()))
     before.train()
@@ -167,7 +165,7 @@ def test_recalibration_averages_the_statistics_of_the_batches(trained):
 
 def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):
     begun = []
-    monkeypatch.setattr(training, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
+    monkeypatch.setattr(gfbs_cifar, "fit", lambda model, *_, **__: begun.append(model.state_dict()))
     run_gfbs("--p", "0.4", "--recalibrate", "2")
     saved = load_model(one_run(trained, "gfbs_p0.4_seed1") / "pruned.pth").state_dict()
     assert all(torch.equal(begun[0][name], saved[name]) for name in saved)
@@ -178,16 +176,16 @@ def test_fine_tuning_begins_with_the_recalibrated_network(trained, monkeypatch):
 
 def test_held_out_images_are_the_last_and_not_trained_on():
     data = load_data("synthetic", "unused", 8)
-    train, test, held = image_batches(data, 100, CPU, seed=1, holdout=700)
+    batches = batches_of(data, 100, holdout=700)
+    train, test, held = batches.train, batches.test, batches.holdout
     assert (train.images, test.images, held.images) == (4300, 1000, 700)
     assert torch.equal(held.labels, data.train.labels[-700:])
-    plain = Batches(data.train, 100, data.normalisation, CPU)
+    plain = ImageBatches(data.train, 100, data.normalisation, CPU)
     assert torch.equal(next(iter(held))[0], plain.pick(torch.arange(4300, 4800))[0])
     assert max(int(share.max()) for share in train._shares()) == 4299
-    none: ImageData = image_batches(data, 100, CPU, seed=1)[2]
-    assert none is None
+    assert batches_of(data, 100).holdout is None
     with pytest.raises(InputError, match="--holdout 5000: there are only 5000 training images"):
-        image_batches(data, 100, CPU, seed=1, holdout=5000)
+        batches_of(data, 100, holdout=5000)
 
 
 @pytest.mark.parametrize("script", ["train", "gfbs"])
@@ -203,7 +201,8 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
         seen.append((batches.images, metrics.accuracy))
         return metrics
 
-    monkeypatch.setattr(training, "evaluate", spy)
+    monkeypatch.setattr("utils.run.record.evaluate", spy)
+    monkeypatch.setattr("utils.run.measure.evaluate", spy)
     monkeypatch.setattr("utils.finetune.evaluate", spy)
     options = ["--holdout", "5", "--epochs", "3", "--output", "held", "--checkpoint"]
     if script == "train":
@@ -232,13 +231,13 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
 
 def test_scoring_images_are_trained_on(trained, monkeypatch):
     picked = []
-    original = Batches.pick
+    original = ImageBatches.pick
 
     def spy(self, indices):
         picked.append((self.images, indices.max().item()))
         return original(self, indices)
 
-    monkeypatch.setattr(Batches, "pick", spy)
+    monkeypatch.setattr(ImageBatches, "pick", spy)
     run_gfbs("--holdout", "5", "--epochs", "0", "--score_images", "100")
     assert (13, 12) in picked  # 18 images, of which 5 are held out
 
@@ -298,7 +297,7 @@ def test_other_networks_go_every_way(place, net):
 
 def test_a_run_that_is_done_again_has_no_result_until_it_ends(trained, monkeypatch):
     run_gfbs("--p", "0.5")
-    monkeypatch.setattr(training, "fit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(gfbs_cifar, "fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_gfbs("--p", "0.5", "--overwrite")
     assert not (one_run(trained, "gfbs_p0.5_seed1") / "result.json").exists()
@@ -327,9 +326,9 @@ def test_names_of_runs(argv, name):
 
 
 def experiment_name(argv):
-    from utils import flags
+    from utils.cli import settings
 
-    return flags.run_name(gfbs_cifar.parse_args(argv))
+    return settings.run_name(gfbs_cifar.parse_args(argv))
 
 
 @pytest.mark.parametrize(

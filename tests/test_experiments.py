@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch_pruning
-from conftest import random_batch, random_model, relative_difference, settle
+from helpers import random_batch, random_model, relative_difference, settle
 
 from experiments.torch_pruning_taylor import dependency_graph, torch_pruning_saliency
 from models.gate import folded_gates
-from utils import flags
-from utils.budget import select_within
+from utils.cli import settings
 from utils.cost import model_cost
 from utils.pruning import Ranking
+from utils.selection import select_within
 from utils.surgery import prune
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +98,8 @@ def test_commands_are_accepted_and_have_folders_of_their_own(name, stub):
             continue
         assert threads == ("2" if name == "imagenet" else "1")
         assert args.epochs == 2 and args.resume
-        run = flags.run_name(args) if hasattr(args, "criterion") else ""
-        folder = args.output, flags.network_folder(args), run
+        run = settings.run_name(args) if hasattr(args, "criterion") else ""
+        folder = args.output, settings.network_folder(args), run
         assert folder not in folders, argv
         folders.add(folder)
         if script != "gfbs_imagenet" and args.dataset != "cifar100":

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_model, relative_difference
+from helpers import random_model, relative_difference
 from torch import nn
 
 from tools import export

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, random_model
+from helpers import CPU, random_model
 from torch.optim import SGD
 
-from utils.batches import Batches
-from utils.data import CIFAR10_NORMALISATION, ImageSet
+from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError, RunError
 from utils.files import write_json
@@ -24,7 +23,7 @@ def small_batches(count=24, batch_size=8, **options):
     stream = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 8, 8), generator=stream, dtype=torch.uint8)
     data = ImageSet(images, torch.arange(count) % 10)
-    return Batches(data, batch_size, CIFAR10_NORMALISATION, CPU, **options)
+    return ImageBatches(data, batch_size, CIFAR10_NORMALISATION, CPU, **options)
 
 
 def rates(recipe):

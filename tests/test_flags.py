@@ -6,15 +6,17 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU
-from runs import one_run, run_gfbs, run_train
+from helpers import CPU, one_run, run_gfbs, run_train
 
-from utils import experiment, training
-from utils.batches import Batches, scoring_indices
-from utils.data import load_data
+import gfbs_cifar
+import train
+from utils import selection
+from utils.data.batches import scoring_indices
+from utils.data.small import ImageBatches, load_data
 from utils.finetune import evaluate
+from utils.metrics import Metrics
 from utils.recipes import CIFAR_COSINE
-from utils.tally import Metrics
+from utils.run.baseline import load_baseline
 
 
 @pytest.fixture
@@ -31,9 +33,10 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    spy(training, "fit", "fit")
-    spy(experiment, "channel_saliency", "saliency")
-    spy(experiment, "select_channels", "select")
+    spy(train, "fit", "fit")
+    spy(gfbs_cifar, "fit", "fit")
+    spy(gfbs_cifar, "channel_saliency", "saliency")
+    spy(selection, "select_channels", "select")
     return calls
 
 
@@ -84,7 +87,7 @@ def test_scoring_flags(trained, seen):
     (_, _, ratio), selecting = seen["select"][0]
     assert (ratio, selecting["min_channels"]) == (0.6, 4)
     data = load_data("folder", "images", 16)
-    train = Batches(data.train, 8, data.normalisation, CPU, augment=True, seed=7)
+    train = ImageBatches(data.train, 8, data.normalisation, CPU, augment=True, seed=7)
     expected, expected_labels = train.pick(scoring_indices(len(data.train), 5, 2))
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
 
@@ -92,7 +95,7 @@ def test_scoring_flags(trained, seen):
 def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
     """Every evaluation gives another figure; each must turn up in its own place."""
     figures = iter([Metrics(1, 91, 99, 9), Metrics(1, 12, 52, 9)])
-    monkeypatch.setattr(training, "evaluate", lambda *args: next(figures))
+    monkeypatch.setattr("utils.run.record.evaluate", lambda *args: next(figures))
     epochs = iter([Metrics(1, 63, 83, 9), Metrics(1, 77, 87, 9), Metrics(1, 77, 86, 9)])
     monkeypatch.setattr("utils.finetune.evaluate", lambda *args: next(epochs))
     result = run_gfbs("--epochs", "3", "--min_channels", "5", "--p", "0.95")
@@ -128,8 +131,8 @@ def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):
     clock = iter(range(1000))
     monkeypatch.setattr("utils.finetune.time.perf_counter", lambda: float(next(clock)))
     data = load_data("synthetic", "unused", 8)
-    batches = Batches(data.test, 100, data.normalisation, CPU)
-    model = experiment.load_baseline(trained, "", "gateresnet20").model
+    batches = ImageBatches(data.test, 100, data.normalisation, CPU)
+    model = load_baseline(trained, "", "gateresnet20").model
     model.replace_head(10)
     evaluate(model, batches, CPU)
     shown = capsys.readouterr().err

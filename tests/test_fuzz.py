@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import random_model
+from helpers import random_model
 from test_surgery import random_plan
 
 from utils.checkpoint import checksum, load_checkpoint, save_checkpoint

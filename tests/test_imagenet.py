@@ -9,8 +9,15 @@ import pytest
 import torch
 import torch_pruning
 import torchvision
-from conftest import CPU, random_batch, random_model, randomise_channels, relative_difference
-from runs import make_folder, one_run
+from helpers import (
+    CPU,
+    make_folder,
+    one_run,
+    random_batch,
+    random_model,
+    randomise_channels,
+    relative_difference,
+)
 from test_surgery import random_plan
 from torch import nn
 from torchvision.transforms.v2 import functional
@@ -19,20 +26,15 @@ import gfbs_imagenet
 import prepare_torch_imagenet_models as prepare
 from models import build_model
 from tools.memory import saved_bytes
-from utils.batches import random_stream
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.cost import model_cost
+from utils.data.batches import About, random_stream
+from utils.data.folders import IMAGENET_NORMALISATION, Crops, FolderBatches, FolderImages
 from utils.errors import InputError
-from utils.image_folders import (
-    IMAGENET_NORMALISATION,
-    Crops,
-    FolderBatches,
-    FolderImages,
-    check_head,
-)
+from utils.run.baseline import check_classes
+from utils.run.callbacks import RunCallback
 from utils.saliency import channel_saliency
 from utils.surgery import prune
-from utils.tracker import Tracker
 
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -280,7 +282,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        call, seen = Tracker.after_batch, []
+        call, seen = RunCallback.after_batch, []
 
         def dies(self, batch, state):
             call(self, batch, state)
@@ -288,7 +290,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
             if len(seen) == 5:  # in the second of two epochs of three batches
                 raise Killed
 
-        patch.setattr(Tracker, "after_batch", dies)
+        patch.setattr(RunCallback, "after_batch", dies)
         with pytest.raises(Killed):
             run_gfbs(*argv, "--output", "broken")
     run_gfbs(*argv, "--output", "broken", "--resume", "--workers", "1")
@@ -302,7 +304,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_other_workers(place):
 def test_a_fresh_head_serves_other_classes(place):
     save_local_weights("local.pth", num_classes=5)
     run_prepare("--checkpoint", "local.pth")
-    with pytest.raises(InputError, match="2 classes, the checkpoint 5; --new_head"):
+    with pytest.raises(InputError, match="2 classes, the checkpoint was trained on 5; --new_head"):
         run_gfbs()
     run_gfbs("--new_head", "--epochs", "0")
     assert (
@@ -314,9 +316,14 @@ def test_a_fresh_head_serves_other_classes(place):
 def test_a_thousand_classes_of_torchvision_are_imagenets(place):
     model = random_model("resnet18", 1000)
     checkpoint = load_checkpoint(save(model, "c.pth"))
-    check_head(checkpoint, [f"n{i:08}" for i in range(1000)], "data")
+
+    def check(classes):
+        about = About("imagenet", list(classes), 32, IMAGENET_NORMALISATION)
+        check_classes(checkpoint, about, "data", "advice")
+
+    check(f"n{i:08}" for i in range(1000))
     with pytest.raises(InputError, match="'class0' is no WordNet id"):
-        check_head(checkpoint, [f"class{i}" for i in range(1000)], "data")
+        check(f"class{i}" for i in range(1000))
 
 
 def save(model, path, **meta):

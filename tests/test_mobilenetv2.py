@@ -8,15 +8,15 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch, random_model, relative_difference
+from helpers import random_batch, random_model, relative_difference
 from test_pruning import brute_force
 from test_surgery import random_plan
 
 from models import build_model
-from utils.budget import planned_cost
 from utils.cost import model_cost
 from utils.pruning import select_channels
 from utils.saliency import channel_saliency
+from utils.selection import planned_cost
 from utils.surgery import prune
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

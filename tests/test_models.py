@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 from torch import nn
 
 from models import ALIASES, NETWORKS, ChannelGroup, Gate, GatedModel, build_model

@@ -9,13 +9,13 @@ import random
 
 import pytest
 import torch
-from conftest import random_batch, random_model
+from helpers import random_batch, random_model
 
 from models import ChannelGroup, Gate, build_model
-from utils.budget import select_within
 from utils.cost import model_cost
 from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.saliency import channel_saliency
+from utils.selection import select_within
 from utils.surgery import prune
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import run_gfbs
+from helpers import run_gfbs
 
 from tools import results
 from tools.plots import draw, short_names

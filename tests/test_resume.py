@@ -16,11 +16,11 @@ from socket import gethostname
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
-from runs import (
+from helpers import (
     files,
     make_folder,
     one_run,
+    random_model,
     run_gfbs,
     run_train,
     same_weights,
@@ -30,14 +30,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import gfbs_cifar
 from utils import files as files_module
-from utils import flags
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.cli import settings
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import write_atomically
-from utils.resume import differences
-from utils.run import Run
-from utils.tracker import Tracker, random_state, set_random_state
+from utils.run.callbacks import RunCallback
+from utils.run.existing import differences
+from utils.run.folder import RunFolder, RunSettings
+from utils.run.state import random_state, set_random_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ class Killed(BaseException):
 
 def die_after(monkeypatch, moments, method="after_batch"):
     """Let a run die when it has done so many batches (or epochs) and saved what it would save."""
-    call, seen = getattr(Tracker, method), []
+    call, seen = getattr(RunCallback, method), []
 
     def dies(self, *args):
         call(self, *args)
@@ -56,7 +57,7 @@ def die_after(monkeypatch, moments, method="after_batch"):
         if len(seen) == moments:
             raise Killed
 
-    monkeypatch.setattr(Tracker, method, dies)
+    monkeypatch.setattr(RunCallback, method, dies)
 
 
 RUNS = {
@@ -123,9 +124,11 @@ def test_with_a_holdout_the_best_epoch_must_be_there(trained):
     folder = Path("held/gateresnet20_folder")
     (folder / "model_best.pth").unlink()
     last = load_checkpoint(folder / "last.pth")
-    history = last.meta["training"]["history"]
-    later = {**history[0], "number": 2, "test": {**history[0]["test"], "accuracy": -1}}
-    training = {**last.meta["training"], "epoch": 2, "history": [*history, later]}
+    record = last.meta["training"]["record"]
+    (first,) = record["history"]
+    later = {**first, "number": 2, "test": {**first["test"], "accuracy": -1}}
+    record = {**record, "history": [first, later]}
+    training = {**last.meta["training"], "epoch": 2, "record": record}
     save_checkpoint(folder / "last.pth", last.model, **{**last.meta, "training": training})
     with pytest.raises(InputError, match="model_best.pth is missing; put it back"):
         run_train(*argv, "--resume")
@@ -182,7 +185,8 @@ def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):
 @pytest.mark.parametrize("what, before, now", [("ranks", 2, 1), ("threads", 3, 1), ("GPUs", 4, 0)])
 def test_another_place_is_warned_of(trained, capsys, what, before, now):
     last = load_checkpoint(trained / "last.pth")
-    training = {**last.meta["training"], what: before}
+    training = last.meta["training"]
+    training = {**training, "place": {**training["place"], what: before}}
     save_checkpoint(trained / "last.pth", last.model, **{**last.meta, "training": training})
     (trained / "result.json").unlink()
     run_train("--resume")
@@ -234,7 +238,7 @@ def test_a_finished_run_without_its_files_is_restored_as_far_as_it_can_be(traine
     with pytest.raises(InputError, match="finished run without plan.json, pruned.pth, model_best"):
         run_gfbs("--p", "0.5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "continue_stage", lambda *_: 1 / 0)
+        patch.setattr("gfbs_cifar.restore_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # stopped before it could be made again
             run_gfbs("--p", "0.5", "--resume")
     assert (run / "result.json").read_text() == result
@@ -257,8 +261,8 @@ def test_zero_is_a_value():
         (["--steps", "2", "--step_epochs", "0"], ["--steps", "2"]),
     ):
         runs = parsed(*usual), parsed(*argv)
-        assert differences(*map(flags.configuration, runs)).startswith(argv[-2][2:])
-        assert len(set(map(flags.run_name, runs))) == 2
+        assert differences(*map(settings.configuration, runs)).startswith(argv[-2][2:])
+        assert len(set(map(settings.run_name, runs))) == 2
 
 
 def test_differences_between_configurations():
@@ -288,7 +292,7 @@ def test_other_images_of_the_same_classes_are_other_data(trained):
 def test_wall_time_is_that_of_all_legs(trained, monkeypatch):
     hours = iter(range(0, 10**9, 3600))
     with monkeypatch.context() as patch:
-        patch.setattr("utils.run.time.perf_counter", lambda: float(next(hours)))
+        patch.setattr("utils.run.folder.time.perf_counter", lambda: float(next(hours)))
         die_after(patch, 2, "after_epoch")
         with pytest.raises(Killed):
             run_train("--epochs", "3", "--output", "legs")
@@ -304,10 +308,14 @@ def test_ranks_continue_what_rank_0_chooses(trained, monkeypatch):
     (trained / "result.json").unlink()
     chosen = trained / "last.pth"
     other = Runtime(torch.device("cpu"), rank=1, world_size=2)
-    monkeypatch.setattr(Runtime, "on_main", lambda self, action: chosen)
-    monkeypatch.setattr("utils.run.find_last", lambda *_: 1 / 0)
-    run = Run(trained, Path("logs"), config, other, net="gateresnet20", resume=True)
-    assert run.last.digest == load_checkpoint(chosen).digest
+    answers = iter([{}, chosen])  # the identity of the data, and the file
+    monkeypatch.setattr(Runtime, "on_main", lambda self, action: next(answers))
+    monkeypatch.setattr("utils.run.folder.find_last", lambda *_: 1 / 0)
+    asked = RunSettings(trained, Path("logs"), "gateresnet20", config, resume=True)
+    with RunFolder(asked, other).opened(["cat", "dog"]) as run:
+        weights = run.resumed().model.state_dict()
+    expected = load_checkpoint(chosen).model.state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_random_streams_come_back():
@@ -337,7 +345,7 @@ def _saved(state):
 def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
     run_train("--epochs", "3", "--output", "whole")
     with pytest.MonkeyPatch.context() as patch:
-        call, seen = Tracker.after_batch, []
+        call, seen = RunCallback.after_batch, []
 
         def interrupted(self, batch, state):
             seen.append(batch)
@@ -345,7 +353,7 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
                 os.kill(os.getpid(), signum)
             call(self, batch, state)
 
-        patch.setattr(Tracker, "after_batch", interrupted)
+        patch.setattr(RunCallback, "after_batch", interrupted)
         with pytest.raises(Interrupted) as stop:
             run_train("--epochs", "3", "--output", "broken")
     assert stop.value.signum == signum and stop.value.resume_with.endswith(" --resume")
@@ -360,13 +368,13 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
 def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):
     run_train("--epochs", "2", "--output", "whole")
     with pytest.MonkeyPatch.context() as patch:
-        call = Tracker.while_evaluating
+        call = RunCallback.while_evaluating
 
         def interrupted(self, state):
             os.kill(os.getpid(), signal.SIGTERM)
             call(self, state)
 
-        patch.setattr(Tracker, "while_evaluating", interrupted)
+        patch.setattr(RunCallback, "while_evaluating", interrupted)
         with pytest.raises(Interrupted):
             run_train("--epochs", "2", "--output", "broken")
     name = "gateresnet20_folder/last.pth"
@@ -480,7 +488,7 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from utils.lock import FolderLock
+from utils.run.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
 if os.fork():
@@ -504,7 +512,7 @@ def owner(trained):
 
 
 def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
-    monkeypatch.setattr("utils.lock.PATIENCE", 0)
+    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
     before = snapshot(trained)
     for _ in range(2):  # the refused one leaves the owner's name
         with pytest.raises(InputError, match=f"in use by process {owner.pid} on {gethostname()};"):
@@ -512,7 +520,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, mo
     assert snapshot(trained) == before
     owner.kill()
     owner.wait()
-    monkeypatch.setattr("utils.lock.PATIENCE", 5)  # its fork may just have begun
+    monkeypatch.setattr("utils.run.lock.PATIENCE", 5)  # its fork may just have begun
     run_train("--resume")
     assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()
 
@@ -524,7 +532,7 @@ def test_a_folder_is_waited_for(trained, owner):
 
 @pytest.mark.parametrize("left", ["", "no json", '{"pid": 1, "host": "elsewhere"}'])
 def test_a_file_alone_blocks_nobody(trained, left, monkeypatch):
-    monkeypatch.setattr("utils.lock.PATIENCE", 0)
+    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
     (trained / "lock").write_text(left)
     run_train("--resume")
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch, random_model, relative_difference
+from helpers import random_batch, random_model, relative_difference
 
 import gfbs_cifar
 from models import ChannelGroup, build_model

@@ -9,15 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, random_batch, random_model
-from runs import COMMON, files, make_folder, one_run, run_gfbs, run_train, same_weights, snapshot
+from helpers import (
+    COMMON,
+    CPU,
+    files,
+    make_folder,
+    one_run,
+    random_batch,
+    random_model,
+    run_gfbs,
+    run_train,
+    same_weights,
+    snapshot,
+)
 
 import gfbs_cifar
 import train
-from utils.batches import Batches
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.cost import model_cost
-from utils.data import load_data
+from utils.data.small import ImageBatches, load_data
 from utils.errors import InputError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
@@ -40,7 +50,7 @@ def test_train_then_prune_with_no_step_by_hand(trained, capsys):
     assert torch.equal(by_hand(images), pruned(images))
 
     data = load_data("folder", "images", 16)
-    test = Batches(data.test, 100, data.normalisation, CPU)
+    test = ImageBatches(data.test, 100, data.normalisation, CPU)
     accuracy = result["accuracy"]
     for key, network in (
         ("baseline", baseline), ("after_surgery", pruned),

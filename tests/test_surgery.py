@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch, random_model, relative_difference, settle
+from helpers import random_batch, random_model, relative_difference, settle
 from torch import nn
 
 from models import NETWORKS, Gate
