@@ -20,7 +20,7 @@ import gfbs_imagenet
 import train
 from utils.checkpoint import save_checkpoint
 from utils.cli.parser import run_script
-from utils.data import folders, listing
+from utils.data import folders, listing, small
 from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_folders
 from utils.data.small import load_data
@@ -182,8 +182,8 @@ def many_images(monkeypatch, read, count=20_000):
         read()
         return Image.new("RGB", (32, 32))
 
-    monkeypatch.setattr(data, "list_folders", lambda *_: (samples, samples[:1], ["cat", "dog"]))
-    monkeypatch.setattr(data, "read_image", read_image)
+    monkeypatch.setattr(small, "list_folders", lambda *_: (samples, samples[:1], ["cat", "dog"]))
+    monkeypatch.setattr(small, "read_image", read_image)
     return reads
 
 

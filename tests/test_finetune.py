@@ -15,7 +15,7 @@ from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError, RunError
 from utils.files import write_json
-from utils.finetune import Watch, evaluate, fit
+from utils.finetune import Callback, evaluate, fit
 from utils.recipes import CIFAR_BASELINE, CIFAR_COSINE, CIFAR_RECIPES, Cosine, Recipe
 
 
@@ -119,7 +119,7 @@ def test_fit_continues_to_the_same_bits(tmp_path, cosine):
     model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
     states = []
 
-    class Keep(Watch):
+    class Keep(Callback):
         def after_batch(self, batch, state):
             states.append(tmp_path / f"{len(states)}.pt")
             torch.save({"model": model.state_dict(), "training": state()}, states[-1])
@@ -127,7 +127,7 @@ def test_fit_continues_to_the_same_bits(tmp_path, cosine):
         def after_epoch(self, epoch, state):
             self.after_batch(0, state)
 
-    whole = fit(model, train, test, recipe, CPU, watch=Keep())
+    whole = fit(model, train, test, recipe, CPU, callback=Keep())
     assert len(states) == 4 * (3 + 1)
     for path in states[::3]:
         saved = torch.load(path, weights_only=True)
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
     model = random_model("gateresnet20")
     seen = []
 
-    class Poison(Watch):
+    class Poison(Callback):
         def after_batch(self, batch, state):
             seen.append(batch)
             if len(seen) == 4:
@@ -170,25 +170,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_rate():
 
     message = r"not finite in epoch 2/2 at learning rate 0\.1, batch 2: training has diverged"
     with pytest.raises(RunError, match=message):
-        fit(model, train, test, recipe, CPU, watch=Poison())
+        fit(model, train, test, recipe, CPU, callback=Poison())
     assert seen == [1, 2, 3, 1, 2, 3]
 
-    class PoisonLast(Watch):
+    class PoisonLast(Callback):
         def after_batch(self, batch, state):
             if batch == 3:
                 model.linear.weight.data.fill_(float("inf"))
 
     model = random_model("gateresnet20")
     with pytest.raises(RunError, match="weights are not finite after epoch 1/2"):
-        fit(model, train, test, recipe, CPU, watch=PoisonLast())
+        fit(model, train, test, recipe, CPU, callback=PoisonLast())
     model.linear.weight.data.fill_(float("nan"))
 
-    class Save(Watch):
+    class Save(Callback):
         def after_batch(self, batch, state):
             state()
 
     with pytest.raises(RunError, match="batch 1"):  # what has diverged is not to be saved
-        fit(model, train, test, recipe, CPU, watch=Save())
+        fit(model, train, test, recipe, CPU, callback=Save())
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run():
@@ -199,14 +199,14 @@ def test_an_evaluation_that_is_not_finite_ends_the_run():
     with pytest.raises(RunError, match=message):
         evaluate(broken, test, CPU)
 
-    class Poison(Watch):
+    class Poison(Callback):
         def after_batch(self, batch, state):
             model.linear.weight.data[0, 0] = 3e38  # finite, and no training follows
 
     recipe = Recipe(1, 0.1, 0, milestones=(1,), gamma=1)
     train = small_batches(batch_size=24, augment=True)
     with pytest.raises(RunError, match="not finite in the evaluation, batch 1"):
-        fit(model, train, test, recipe, CPU, watch=Poison())
+        fit(model, train, test, recipe, CPU, callback=Poison())
 
 
 def test_an_evaluation_that_is_not_finite_on_one_rank_ends_all_of_them():

@@ -125,7 +125,7 @@ def test_smooth_ends_with_the_same_channels(trained):
         one_run(trained, "gfbs_p0.5_seed1") / "plan.json"
     ).read_text()
     log = (run / "log.txt").read_text().splitlines()
-    stages = sum(line.startswith("stage ") for line in log)
+    stages = sum(line.startswith("round ") for line in log)
     assert 1 < stages <= 10 and len(smooth["history"]) == (stages - 1) + 2
     assert smooth["accuracy"]["best_epoch"] in (1, 2)
 

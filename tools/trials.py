@@ -16,7 +16,7 @@ import gfbs_cifar
 import gfbs_imagenet
 import train
 from utils.errors import InputError
-from utils.flags import configuration
+from utils.cli.settings import configuration
 from utils.saliency import CRITERIA
 
 # A run: the text of each cell by column; "" for None, a switch that is off, and what is unknown.

@@ -127,7 +127,9 @@ class RunFolder:
 
     def _open(self) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
-        asked = self.settings
+        asked, found = self.settings, None
+        if asked.checkpoint:
+            found = asked.checkpoint, load_resumable(asked.checkpoint, asked.net)
         with _writable(self.folder, "--output"):
             self._lock = FolderLock(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,10 +140,7 @@ class RunFolder:
             again = {"resume": resume, "overwrite": asked.overwrite}
             if existing_run(self.folder, self.config, dict, **again):
                 raise InputError(f"{self.folder}: another process has just finished this run")
-            found = None
-            if asked.checkpoint:
-                found = asked.checkpoint, load_resumable(asked.checkpoint, asked.net)
-            elif asked.resume:
+            if asked.resume and not found:
                 found = find_last(self.folder, asked.net)
             path, last = found or (None, None)
             self._last = check_same_run(last, self.config) if last else None
