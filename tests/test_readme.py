@@ -1,10 +1,11 @@
-"""Every command line of the documentation is one that its script accepts."""
+"""The documentation: its commands are accepted, its links lead somewhere, the README is short."""
 
 from __future__ import annotations
 
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"),
          *ROOT.glob("docs/*.md")]  # fmt: skip
-COMMAND = re.compile(r"(?:python|torchrun .*? --) (?:(\w+)\.py|-m (tools\.\w+))( .*|$)")
+COMMAND = re.compile(
+    r"(?:python|torchrun .*? --) (?:(\w+)\.py|-m ((?:tools|experiments)\.\w+))( .*|$)"
+)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md",
+         *ROOT.glob("docs/*.md")]  # fmt: skip
+INLINE = re.compile(r"`((?:python|torchrun) [^`\n]+(?<!--help))`")
+LINK = re.compile(r"\]\(([^)#\s]+)")
 SHELL = re.compile(r"sh (experiments/\w+\.sh)")
 
 
 def commands():
     for path in TEXTS:
         variables = dict(re.findall(r"^(\w+) := (.*)$", path.read_text(), re.MULTILINE))
-        for line in path.read_text().splitlines():
+        lines = [line for line in path.read_text().splitlines()
+                 if line.startswith(("    ", "\t", "$"))]  # fmt: skip
+        for line in lines + INLINE.findall(path.read_text()):
             match = COMMAND.search(line.strip())
-            if match and line.startswith(("    ", "\t", "$")):
+            if match:
                 script, tool, argv = match.groups()
                 script = script or tool
                 for name, value in variables.items():
@@ -47,3 +56,27 @@ def test_shell_scripts_that_are_named_are_there():
     named = {name for path in [*TEXTS, *ROOT.glob("experiments/*.sh")]
              for name in SHELL.findall(path.read_text())}  # fmt: skip
     assert len(named) > 2 and all((ROOT / name).is_file() for name in named)
+
+
+def links(page):
+    targets = LINK.findall(page.read_text())
+    return [page.parent / target for target in targets if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_what_is_there(page):
+    assert [str(target) for target in links(page) if not target.exists()] == []
+
+
+def test_readme_is_short_and_links_to_every_page():
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 220
+    linked = {target.resolve() for target in links(readme)}
+    assert {*ROOT.glob("docs/*.md")} - linked == set()
+
+
+def test_make_lists_its_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^make (\w+) +\w", listed, re.MULTILINE) == targets
