@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from models.densenet import GateDenseNet
-from models.gate import ChannelGroup, Gate, GatedModel
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate, GatedModel
-from models.selector import ChannelSelector
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
+from models.layers import ChannelSelector
 
 BLOCKS = (1, 2, 3)
 

@@ -54,10 +54,8 @@ class Block(ResidualBlock):
         shortcut = x if self.downsample is None else self.downsample(x)
         return F.relu(last(out + shortcut))
 
-    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
-        if self.downsample is None:
-            return None
-        return ["downsample.0"], ["downsample.0", "downsample.1"]
+    def shortcut_layers(self) -> list[str] | None:
+        return None if self.downsample is None else ["downsample.0", "downsample.1"]
 
 
 class ResNetImageNet(ResidualModel):

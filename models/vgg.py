@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate, GatedModel
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
 
 WIDTHS = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),

@@ -14,7 +14,7 @@ from test_surgery import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from models.selector import ChannelSelector
+from models.layers import ChannelSelector
 from utils.budget import planned_cost
 from utils.cost import model_cost
 from utils.pruning import PruningPlan

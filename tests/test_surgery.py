@@ -12,8 +12,7 @@ from conftest import random_batch, random_model, relative_difference, settle
 from torch import nn
 
 from models import NETWORKS, Gate
-from models.resnet_cifar import PadShortcut
-from models.selector import ChannelSelector
+from models.layers import ChannelSelector, PadShortcut
 from utils.pruning import PruningPlan, select_channels
 from utils.saliency import channel_saliency
 from utils.surgery import keep_inputs, keep_outputs, prune, split_plan

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from models.gate import GatedModel
+from models import GatedModel
 from utils.cost import Cost, model_cost
 from utils.pruning import PruningPlan, Ranking, largest_plan
 from utils.surgery import prune

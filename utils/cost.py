@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.gate import Gate, GatedModel
+from models import Gate, GatedModel
 from utils.errors import InputError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.gate import GatedModel
+from models import GatedModel
 from utils.batches import SCORING, random_stream, scoring_indices
 from utils.budget import least_cost, select_within
 from utils.checkpoint import Checkpoint, load_checkpoint

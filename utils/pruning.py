@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.gate import ChannelGroup, GatedModel
+from models import ChannelGroup, GatedModel
 
 SCOPES = ("global", "layer")
 

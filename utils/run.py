@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from models.gate import GatedModel
+from models import GatedModel
 from utils.board import Board
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.cli import program, python

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.gate import ChannelGroup, GatedModel, folded_gates
+from models import ChannelGroup, GatedModel
+from models.gate import folded_gates
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # BatchNorm2d and SyncBatchNorm
 
-from models.gate import Gate, GatedModel
-from models.resnet_cifar import PadShortcut
-from models.selector import ChannelSelector
+from models import Gate, GatedModel
+from models.layers import ChannelSelector, PadShortcut
 from utils.pruning import PruningPlan, compose_kept
 
 

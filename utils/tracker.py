@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.gate import GatedModel
+from models import GatedModel
 from utils.distributed import Runtime
 from utils.errors import Interrupted
 from utils.finetune import Epoch, Watch

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.swa_utils import update_bn
 
-from models.gate import Gate, GatedModel
+from models import Gate, GatedModel
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.distributed import Runtime
