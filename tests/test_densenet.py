@@ -158,7 +158,7 @@ def test_unread_channels_go_and_nothing_else(model, share):
     assert dataclasses.astuple(planned) == cost_by_hand(model.net, plan.keep, full)
     assert model_cost(model, 32) == planned
     assert model.live_channels() == ({}, {})
-    assert model.kept == plan.losses(full).keep  # what follows from the plan is no part of it
+    assert model.kept == plan.shrinking(full).keep  # what follows from the plan is no part of it
 
 
 def without(model, gates, channels):

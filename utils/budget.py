@@ -9,6 +9,7 @@ import torch
 
 from models import GatedModel
 from utils.cost import Cost, model_cost
+from utils.errors import InputError
 from utils.pruning import PruningPlan, Ranking, largest_plan
 from utils.surgery import prune
 
@@ -34,7 +35,7 @@ def select_within(
         of: which cost.
         most: how much, in multiply-adds or parameters.
 
-    Raises ValueError, with the least that is possible, where every plan costs more than that.
+    Raises InputError, with the least that is possible, where every plan costs more than that.
     """
     shapes = copy.deepcopy(model).to("meta")
 
@@ -43,7 +44,7 @@ def select_within(
 
     plan = largest_plan(ranking, lambda plan: cost(plan) <= most)
     if plan is None:
-        raise ValueError(f"at least {cost(ranking.plan(0))} {of} stay, more than {most:.0f}")
+        raise InputError(f"at least {cost(ranking.plan(0))} {of} stay, more than {most:.0f}")
     return plan
 
 

@@ -21,7 +21,7 @@ from utils.cost import model_cost
 from utils.errors import InputError
 from utils.finetune import check_batch
 from utils.flags import IMAGENET_NETWORKS
-from utils.pruning import PruningPlan, Ranking, compose_kept, select_channels
+from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.recipes import Recipes
 from utils.result import add_surgery, first_result
 from utils.saliency import CRITERIA, channel_saliency
@@ -171,7 +171,7 @@ class Experiment(Training):
         """
         result = story["result"]
         plan = self.choose_channels(model, args, result, step, done)
-        story["plan"] = compose_kept(story["plan"], plan)
+        story["plan"] = PruningPlan(story["plan"]).then(plan).keep
         self.run.save_plan(PruningPlan(story["plan"]))
         pruned = prune(copy.deepcopy(model), plan)
         after, recalibrated = self.measure(pruned), None

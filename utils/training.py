@@ -160,7 +160,7 @@ class Training:
         """
         self.runtime.unsynced(model)
         plan = stage.choose(model)
-        losing = list(plan.losses(model.group_widths()).keep)
+        losing = list(plan.shrinking(model.group_widths()).keep)
         prune(model, plan)
         if stage.fresh:
             model.reset_parameters()
