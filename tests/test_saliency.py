@@ -12,6 +12,7 @@ from conftest import random_batch, random_model, relative_difference
 
 import gfbs_cifar
 from models import ChannelGroup, build_model
+from utils.errors import InputError
 from utils.pruning import PruningPlan
 from utils.saliency import CRITERIA, Criterion, channel_saliency
 from utils.surgery import prune
@@ -36,16 +37,16 @@ def formula(model, images, labels, w_beta=0.05, taylor=True):
     return scores
 
 
+FORMULAS = [
+    ({}, {}),
+    ({"w_beta": 0.3}, {"w_beta": 0.3}),
+    ({"criterion": "taylor"}, {"w_beta": 0}),
+    ({"criterion": "beta", "w_beta": 2.0}, {"w_beta": 2.0, "taylor": False}),
+]
+
+
 @pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20"])
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({}, {}),
-        ({"w_beta": 0.3}, {"w_beta": 0.3}),
-        ({"criterion": "taylor"}, {"w_beta": 0}),
-        ({"criterion": "beta", "w_beta": 2.0}, {"w_beta": 2.0, "taylor": False}),
-    ],
-)
+@pytest.mark.parametrize("options, expected", FORMULAS)
 def test_scores_equal_the_formula(net, options, expected):
     model = random_model(net).double()
     images, labels = random_batch(dtype=torch.float64)
@@ -121,7 +122,7 @@ def test_unknown_criterion_and_infinite_scores_are_refused():
     with pytest.raises(ValueError, match="known are gfbs"):
         channel_saliency(model, *random_batch(), criterion="magic")
     model.features[6].bias.data[3] = float("nan")
-    with pytest.raises(ValueError, match=r"features\.7 is not finite"):
+    with pytest.raises(InputError, match=r"beta saliency .* features\.7 is not finite"):
         channel_saliency(model, *random_batch(), criterion="beta")
 
 
@@ -202,13 +203,8 @@ def test_an_input_slice_stands_for_a_channel_that_is_only_read():
     """As in a dense network, where a gate has no convolution of its own before it."""
     model = random_model("gatevgg11")
     first, second = model.features[0], model.features[5]
-    reads = ChannelGroup(
-        "features.2", ["features.2"], ["features.1"], ["features.1", "features.2"], ["features.5"]
-    )
-    makes = ChannelGroup(
-        "features.2", ["features.2"], ["features.1"], ["features.0", "features.2"], ["features.5"]
-    )
-    for group, slices in ((reads, second.weight.transpose(0, 1)), (makes, first.weight)):
+    for made_by, slices in (([], second.weight.transpose(0, 1)), (["features.0"], first.weight)):
+        group = ChannelGroup.around(["features.2"], ["features.1"], made_by, ["features.5"])
         model._channel_groups = lambda group=group: iter([group])
         score = channel_saliency(model, *random_batch(), criterion="l1")["features.2"]
         expected = torch.tensor(divided_by_norm([s.abs().sum().item() for s in slices]))

@@ -133,12 +133,8 @@ def test_slices_keep_every_attribute():
     norm.running_mean.normal_()
     mean = norm.running_mean.clone()
     keep_outputs(norm, torch.tensor([0, 3]))
-    assert (norm.num_features, norm.eps, norm.momentum, norm.num_batches_tracked) == (
-        2,
-        0.1,
-        0.3,
-        5,
-    )
+    assert (norm.num_features, norm.eps, norm.momentum) == (2, 0.1, 0.3)
+    assert norm.num_batches_tracked == 5
     assert torch.equal(norm.running_mean, mean[[0, 3]])
     assert set(norm.state_dict()) == set(nn.BatchNorm2d(2).state_dict())
 
@@ -162,12 +158,7 @@ def test_depthwise_convolution_is_cut_once():
 def test_padded_shortcut_maps_any_subsets():
     shortcut = PadShortcut(4, 8, stride=2)
     x = torch.randn(2, 4, 6, 6)
-    full = shortcut(x)
-    assert (
-        torch.equal(full[:, 2:6], x[:, :, ::2, ::2])
-        and not full[:, :2].any()
-        and not full[:, 6:].any()
-    )
+    assert torch.equal(shortcut(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
     keep_inputs(shortcut, torch.tensor([1, 3]))
     keep_outputs(shortcut, torch.tensor([0, 2, 3, 5, 7]))
     masked = torch.zeros_like(x)
