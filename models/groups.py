@@ -41,8 +41,8 @@ class ChannelGroup:
         for field in ("gates", "norms", "outputs", "inputs", "convs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.gates or self.name != self.gates[0]:
-            first = self.gates[:1]
-            raise ValueError(f"channel group {self.name!r} must be named after its gate, {first}")
+            wanted = f"its first gate, {self.gates[:1]}"
+            raise ValueError(f"channel group {self.name!r} must be named after {wanted}")
         if self.positions and len(self.positions) != len(self.gates):
             count = len(self.gates)
             raise ValueError(f"channel group {self.name!r}: {count} gates at {self.positions}")

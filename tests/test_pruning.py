@@ -61,14 +61,16 @@ def test_selection_equals_brute_force(net, ratio, ties, min_channels):
     assert plan.keep == brute_force(model, saliency, ratio, min_channels)
 
 
-def test_selection_equals_brute_force_on_real_scores():
-    model = random_model("gateresnet20")
-    saliency = channel_saliency(model, *random_batch(32))
+@pytest.mark.parametrize("net", ["gateresnet20", "gatemobilenetv2"])
+def test_selection_equals_brute_force_on_real_scores(net):
+    model = random_model(net)
+    saliency = channel_saliency(model, *random_batch(8, 16))
     plan = select_channels(model.channel_groups(), saliency, 0.6)
     assert plan.keep == brute_force(model, saliency, 0.6)
     gates = {group.name: len(group.gates) for group in model.channel_groups()}
     kept = sum(gates[name] * len(channels) for name, channels in plan.keep.items())
-    assert 0.4 * 688 - 1 < kept <= 0.4 * 688 + 3 * 64  # the cut may move on past a stage's stream
+    if net == "gateresnet20":  # the cut may move on past the entries of one stream
+        assert 0.4 * 688 - 1 < kept <= 0.4 * 688 + 3 * 64
 
 
 def groups_and_scores(widths, gates_of):
