@@ -22,8 +22,9 @@ import torch_pruning
 from torch import Tensor, nn
 
 import gfbs_cifar
-from models.gate import GatedModel, folded_gates
-from models.resnet_cifar import PadShortcut
+from models import GatedModel
+from models.gate import folded_gates
+from models.layers import PadShortcut
 from utils import experiment
 from utils.cli import run_script
 from utils.saliency import CRITERIA, Criterion

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from models.densenet import GateDenseNet
-from models.gate import ChannelGroup, Gate, GatedModel
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet
@@ -15,11 +16,11 @@ from models.vgg import GateVGG
 
 __all__ = ["ChannelGroup", "Gate", "GatedModel", "NETWORKS", "build_model", "check_network"]
 
-# Name -> constructor that takes num_classes. A new network is one more line here.
+# Name -> callable that takes num_classes and returns a GatedModel. A new network is one more line.
 NETWORKS: dict[str, Callable[..., GatedModel]] = {
     **{f"gatevgg{depth}": partial(GateVGG, depth) for depth in (11, 13, 16, 19)},
     **{f"gateresnet{depth}": partial(GateResNetCifar, depth) for depth in (20, 32, 44, 56, 110)},
-    "gatemobilenetv2": partial(GateMobileNetV2),
+    "gatemobilenetv2": GateMobileNetV2,
     "gatedensenet40": partial(GateDenseNet, 40),
     "gatedensenet100_bc": partial(GateDenseNet, 100, bottleneck=True, reduction=0.5),
     **{f"resnet{depth}": partial(ResNetImageNet, depth) for depth in (18, 34, 50, 101, 152)},
@@ -27,14 +28,13 @@ NETWORKS: dict[str, Callable[..., GatedModel]] = {
 
 IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
 
-# The published names of two networks with 100 classes.
+# The names that the published code gives to two networks with 100 classes.
 ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("gateresnet56", 100)}
 
 
 def check_network(net: str, known: Sequence[str] | None = None) -> str:
-    """Return ``net`` if it is among ``known`` names (by default all there are).
-
-    Raises ValueError with the nearest names otherwise.
+    """Return ``net`` if it is in ``known`` (default: all names). Otherwise raise ValueError, with
+    the most similar names.
     """
     known = [*NETWORKS, *ALIASES] if known is None else known
     if net not in known:
@@ -45,21 +45,22 @@ def check_network(net: str, known: Sequence[str] | None = None) -> str:
 
 
 def build_model(net: str, num_classes: int | None = None) -> GatedModel:
-    """A freshly initialised network of the registry.
+    """A network with fresh weights.
 
     Args:
-        net: a name of ``NETWORKS`` or ``ALIASES``.
-        num_classes: outputs of the classifier; by default 100 for the ``_c100`` aliases, else what
-            the constructor says.
+        net: a name in ``NETWORKS`` or ``ALIASES``.
+        num_classes: outputs of the classifier; default: 100 for an alias, else that of the network.
 
-    Raises ValueError for an unknown name, or an alias asked for another number of classes than its
-    own.
+    Raises ValueError if the name is unknown, or if an alias is asked for other than 100 classes;
+    TypeError if the network breaks the contract of ``GatedModel``.
     """
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):
-        raise ValueError(
-            f"{net} has {fixed} classes, not {num_classes}; use {name}, which takes any number"
-        )
+        advice = f"use {name}, which takes any number"
+        raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {advice}")
     model = NETWORKS[name]() if fixed is None else NETWORKS[name](num_classes=fixed)
+    if not isinstance(model, GatedModel):
+        raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
+    model.head_layer()
     model.net = name
     return model

@@ -1,9 +1,9 @@
-"""Gated DenseNets for CIFAR (Huang et al., CVPR 2017), where a gate chooses among the inputs of its
-own convolution.
+"""Gated DenseNets for CIFAR (Huang et al., CVPR 2017).
 
-Every layer of a dense block reads all channels made before it and appends its own. What one layer
-does without another may still read, so that cutting an input comes in two steps: the layer's
-``ChannelSelector`` passes it by, and once all do, nobody needs it to be made (``live_channels``).
+Each layer of a dense block reads all channels made before it and appends its own. Each gate belongs
+to one reader: it says which of these channels the reader needs. Cutting takes two steps. First the
+``ChannelSelector`` of a reader skips a channel. Once all readers skip it, the layer that makes it
+stops making it (``live_channels``).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate, GatedModel
-from models.selector import ChannelSelector
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
+from models.layers import ChannelSelector
 
 BLOCKS = (1, 2, 3)
 
 
 class DenseLayer(nn.Module):
-    """``bn1 gate1 ReLU conv1`` (3x3), or with a bottleneck 1x1 to four times the growth and 3x3;
-    appends ``growth`` channels to its input.
+    """``bn1 gate1 ReLU conv1`` (3x3). With a bottleneck, ``conv1`` is 1x1 to 4 x growth channels,
+    and ``bn2 gate2 ReLU conv2`` (3x3) follows. Appends ``growth`` channels to the input.
 
     Shape: (B, C, H, W) -> (B, C + growth, H, W)
     """
@@ -49,7 +50,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """``layer``: a Sequential of dense layers, each of which reads what all before it made."""
+    """``layer``: dense layers in sequence."""
 
     def __init__(self, in_channels: int, layers: int, growth: int, bottleneck: bool):
         super().__init__()
@@ -62,7 +63,7 @@ class DenseBlock(nn.Module):
 
 
 class Transition(nn.Module):
-    """``bn1 ReLU gate1 conv1`` (1x1) between two dense blocks, and 2x2 average pooling.
+    """``bn1 ReLU gate1 conv1`` (1x1) between two dense blocks, then 2x2 average pooling.
 
     Shape: (B, C_in, H, W) -> (B, C_out, H // 2, W // 2)
     """
@@ -79,14 +80,13 @@ class Transition(nn.Module):
 
 
 class GateDenseNet(GatedModel):
-    """A stem ``conv1``, three dense blocks with transitions in between, ``bn1 gate1 ReLU`` and
-    ``fc``.
+    """``conv1``, three dense blocks with transitions between them, ``bn1 gate1 ReLU`` and ``fc``.
 
     Args:
-        depth: of the network, 6n + 4 with a bottleneck and 3n + 4 without, for n layers a block.
+        depth: 3n + 4 for n layers per block, or 6n + 4 with a bottleneck.
         bottleneck: whether a 1x1 convolution precedes each 3x3.
         reduction: share of its channels that a transition keeps.
-        growth: channels that a layer adds; the stem makes twice as many.
+        growth: channels that each layer adds; ``conv1`` makes twice as many.
 
     Shape: (B, 3, H, W) -> (B, num_classes)
     """
@@ -94,13 +94,9 @@ class GateDenseNet(GatedModel):
     head = "fc"
 
     def __init__(
-        self,
-        depth: int,
-        bottleneck: bool = False,
-        reduction: float = 1.0,
-        growth: int = 12,
+        self, depth: int, bottleneck: bool = False, reduction: float = 1.0, growth: int = 12,
         num_classes: int = 10,
-    ):
+    ):  # fmt: skip
         super().__init__(num_classes)
         layers = (depth - 4) // (6 if bottleneck else 3)
         channels = 2 * growth
@@ -128,27 +124,29 @@ class GateDenseNet(GatedModel):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def _channel_groups(self) -> Iterator[ChannelGroup]:
-        for name, module in self.named_modules():
-            if isinstance(module, (DenseLayer, Transition)):
-                yield _selected(f"{name}.", f"{name}.conv1")
-            if isinstance(module, DenseLayer) and module.bottleneck:
-                gate, norm, conv, reader = (
-                    f"{name}.{layer}" for layer in ("gate2", "bn2", "conv1", "conv2")
+        modules = dict(self.named_modules())
+        for selector in [n for n, m in modules.items() if isinstance(m, ChannelSelector)]:
+            at = selector.removesuffix("select")
+            norm, gate, reader = f"{at}bn1", f"{at}gate1", f"{at}conv1" if at else self.head
+            # No convolution makes these channels for this reader alone: its own inputs score them.
+            yield ChannelGroup(gate, [gate], [norm], [selector, norm, gate], [reader], [reader])
+            if f"{at}gate2" in modules:
+                yield ChannelGroup.around(
+                    [f"{at}gate2"], [f"{at}bn2"], [f"{at}conv1"], [f"{at}conv2"]
                 )
-                yield ChannelGroup.around([gate], [norm], [conv], [reader])
-        yield _selected("", self.head)
 
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """Once is enough: to cut what a layer makes changes nothing of what it reads.
+        """Outputs that some layer still reads, and what the selectors get of them.
 
-        A layer that nobody reads at all goes on making its first channel.
+        A layer whose outputs nobody reads keeps its first one. One pass suffices: removing the
+        outputs of a layer never changes its inputs.
         """
         outputs: dict[str, list[int]] = {}
         inputs: dict[str, list[int]] = {}
         for makers, readers in self._dense_blocks():
             selectors = {name: self.get_submodule(name) for name in readers}
             read = {channel for s in selectors.values() for channel in s.channels}
-            live: list[int] = []  # of the whole block, in the order of concatenation
+            live: list[int] = []  # channels of the whole block, in the order of concatenation
             start = 0
             for name in makers:
                 width = self.get_submodule(name).out_channels
@@ -164,27 +162,18 @@ class GateDenseNet(GatedModel):
         return outputs, inputs
 
     def _dense_blocks(self) -> Iterator[tuple[list[str], list[str]]]:
-        """The convolutions that make the channels of each block, and the selectors that read them.
+        """For each block: the convolutions that make its channels, and the selectors that read it.
 
-        The i-th selector sees what the first i convolutions made, in this order.
+        The i-th selector reads what the first i convolutions make, in this order.
         """
         first = "conv1"
         for b in BLOCKS:
             layers = self.get_submodule(f"block{b}.layer")
             names = [f"block{b}.layer.{i}" for i in range(len(layers))]
             last = "conv2" if layers[0].bottleneck else "conv1"
-            after = "" if b == BLOCKS[-1] else f"trans{b}."
-            yield (
-                [first, *(f"{name}.{last}" for name in names)],
-                [*(f"{name}.select" for name in names), f"{after}select"],
-            )
+            after = "select" if b == BLOCKS[-1] else f"trans{b}.select"
+            yield [first, *(f"{n}.{last}" for n in names)], [*(f"{n}.select" for n in names), after]
             first = f"trans{b}.conv1"
 
     def checkpoint_blocks(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, DenseLayer)]
-
-
-def _selected(prefix: str, reader: str) -> ChannelGroup:
-    """The inputs of one reader. No convolution makes them for it, so its own stands for them."""
-    select, norm, gate = (f"{prefix}{layer}" for layer in ("select", "bn1", "gate1"))
-    return ChannelGroup(gate, [gate], [norm], [select, norm, gate], [reader], [reader])

@@ -1,4 +1,4 @@
-"""Gated MobileNetV2 (Sandler et al., CVPR 2018) with strides for CIFAR: 32x32 images end as 4x4."""
+"""Gated MobileNetV2 (Sandler et al., CVPR 2018), for CIFAR: 32x32 pixels become 4x4."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate
+from models.gate import Gate
+from models.groups import ChannelGroup
 from models.residual import ResidualBlock, ResidualModel
 
 # Expansion, width, blocks, stride of the first block.
@@ -23,16 +24,17 @@ TABLE = (
 
 
 class InvertedResidual(ResidualBlock):
-    """1x1 to ``expansion`` times the width, 3x3 depthwise, 1x1 to the new width, without a ReLU.
+    """1x1 to ``expansion`` times the width, 3x3 depthwise, 1x1 to the new width; no final ReLU.
 
-    A depthwise convolution makes channel c of channel c, so that the expansion and what follows it
-    live or die together: one group of two gates and two norms.
+    The depthwise convolution makes channel c from channel c alone. So the channels before and
+    behind it are one group, with two gates and two norms.
 
-    ``shortcut`` is empty (the identity) between equal widths, a 1x1 convolution and a norm where
-    the width changes, and None in a block of stride 2, which has none.
+    ``shortcut`` is empty (the identity) if the width stays, a 1x1 convolution and a norm if it
+    changes, and None in a block of stride 2.
     """
 
     depth = 3
+    coupled = True
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
         super().__init__()
@@ -59,20 +61,14 @@ class InvertedResidual(ResidualBlock):
             out = out + self.shortcut(x)
         return self.gate3(out)
 
-    def inner_groups(self, name: str) -> Iterator[ChannelGroup]:
-        gates, norms, convs = (
-            [f"{name}.{kind}{k}" for k in (1, 2)] for kind in ("gate", "bn", "conv")
-        )
-        yield ChannelGroup.around(gates, norms, convs, [f"{name}.conv3"])
-
-    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
+    def shortcut_layers(self) -> list[str] | None:
         if self.shortcut is None:
-            return [], []
-        return (["shortcut.0"], ["shortcut.0", "shortcut.1"]) if len(self.shortcut) else None
+            return []
+        return ["shortcut.0", "shortcut.1"] if len(self.shortcut) else None
 
 
 class GateMobileNetV2(ResidualModel):
-    """A stem, seventeen blocks (``TABLE``), and a 1x1 convolution to 1,280 channels.
+    """A stem, seventeen blocks (``TABLE``), a 1x1 convolution to 1,280 channels, a classifier.
 
     Shape: (B, 3, H, W) -> (B, num_classes)
     """
@@ -97,7 +93,7 @@ class GateMobileNetV2(ResidualModel):
         self.linear = nn.Linear(1280, num_classes)
 
     def init_weights(self) -> None:
-        """Nothing: torch's own defaults are the published ones."""
+        """Keep torch's defaults, as the published code does."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.gate1(self.bn1(self.conv1(x))))

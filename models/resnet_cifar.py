@@ -1,49 +1,13 @@
-"""Gated ResNets for CIFAR (He et al., CVPR 2016, section 4.2).
-
-Three stages of 16, 32 and 64 channels with option-A shortcuts.
-"""
+"""Gated ResNets for CIFAR (He et al., CVPR 2016, section 4.2), with option-A shortcuts."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import selector  # the module, through which torch.fx wraps its function
 from models.gate import Gate
+from models.layers import PadShortcut
 from models.residual import ResidualBlock, ResidualModel
-
-
-class PadShortcut(nn.Module):
-    """Option-A shortcut: every second pixel, and channels of zeros on either side. No parameters.
-
-    ``source[j]`` is the input channel that output channel j copies, or -1 where it is zero. Surgery
-    on either side of the shortcut edits this map only (``keep_outputs``, ``keep_inputs`` in
-    utils/surgery.py), so that any subset of the channels before and any subset after still meet at
-    the right places. The map follows from the pruning plan and is not part of the state dict.
-
-    Shape: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))
-    """
-
-    source: Tensor
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        self.in_channels = in_channels
-        self.stride = stride
-        side = (out_channels - in_channels) // 2
-        source = torch.full((out_channels,), -1)
-        source[side : side + in_channels] = torch.arange(in_channels)
-        self.register_buffer("source", source, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(x, 1, self.stride)  # every second pixel; slices forget the memory format
-        x = F.pad(x, (0, 0, 0, 0, 0, 1))  # one channel of zeros, at index C_in
-        source = self.source % (self.in_channels + 1)  # -1 becomes C_in
-        return selector.take_channels(x, source)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {len(self.source)}, stride={self.stride}"
 
 
 class BasicBlock(ResidualBlock):
@@ -66,12 +30,12 @@ class BasicBlock(ResidualBlock):
         out = F.relu(self.gate1(self.bn1(self.conv1(x))))
         return F.relu(self.gate2(self.bn2(self.conv2(out)) + self.shortcut(x)))
 
-    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
-        return None if isinstance(self.shortcut, nn.Identity) else (["shortcut"], ["shortcut"])
+    def shortcut_layers(self) -> list[str] | None:
+        return None if isinstance(self.shortcut, nn.Identity) else ["shortcut"]
 
 
 class GateResNetCifar(ResidualModel):
-    """ResNet of depth 6n + 2 with n BasicBlocks a stage.
+    """ResNet of depth 6n + 2, with n blocks in each of three stages of 16, 32 and 64 channels.
 
     Shape: (B, 3, H, W) -> (B, num_classes)
     """

@@ -1,4 +1,4 @@
-"""Gated ResNets for ImageNet: torchvision's topology and names (v1.5, stride in the 3x3)."""
+"""Gated ResNets for ImageNet, with torchvision's layers and names (v1.5: stride in the 3x3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.gate import Gate
 from models.residual import ResidualBlock, ResidualModel
 
-# Depth -> whether the blocks are bottlenecks, and how many each of the four stages has.
+# Depth -> whether the blocks are bottlenecks, and the number of blocks in each stage.
 LAYOUTS = {
     18: (False, (2, 2, 2, 2)),
     34: (False, (3, 4, 6, 3)),
@@ -19,9 +19,9 @@ LAYOUTS = {
 
 
 class Block(ResidualBlock):
-    """Two 3x3 convolutions, or (bottleneck) 1x1, 3x3 and 1x1 with four times the width at the end.
+    """Two 3x3 convolutions. With a bottleneck: 1x1, 3x3, and 1x1 to four times the width.
 
-    ``downsample`` is None where the shortcut is the identity.
+    ``downsample`` is None if the shortcut is the identity.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool):
@@ -29,7 +29,7 @@ class Block(ResidualBlock):
         kernels = (1, 3, 1) if bottleneck else (3, 3)
         out_channels = 4 * width if bottleneck else width
         widths = (in_channels, *[width] * (len(kernels) - 1), out_channels)
-        strided = kernels.index(3) + 1  # the convolution that carries the stride
+        strided = kernels.index(3) + 1  # the stride is in the 3x3
         self.depth = len(kernels)
         for k, kernel in enumerate(kernels, start=1):
             conv = nn.Conv2d(
@@ -51,13 +51,10 @@ class Block(ResidualBlock):
             out, last = self.bn3(self.conv3(out)), self.gate3
         else:
             out, last = self.bn2(self.conv2(out)), self.gate2
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(last(out + shortcut))
+        return F.relu(last(out + (x if self.downsample is None else self.downsample(x))))
 
-    def shortcut_layers(self) -> tuple[list[str], list[str]] | None:
-        if self.downsample is None:
-            return None
-        return ["downsample.0"], ["downsample.0", "downsample.1"]
+    def shortcut_layers(self) -> list[str] | None:
+        return None if self.downsample is None else ["downsample.0", "downsample.1"]
 
 
 class ResNetImageNet(ResidualModel):

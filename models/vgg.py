@@ -1,4 +1,4 @@
-"""Gated VGG (Simonyan and Zisserman, ICLR 2015) in its CIFAR form: BatchNorm, one linear layer."""
+"""Gated VGG (Simonyan and Zisserman, ICLR 2015) for CIFAR: with BatchNorm and one linear layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from models.gate import ChannelGroup, Gate, GatedModel
+from models.gate import Gate
+from models.groups import ChannelGroup, GatedModel
 
 WIDTHS = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -17,8 +18,7 @@ WIDTHS = {
 
 
 class GateVGG(GatedModel):
-    """``features`` is one Sequential of [Conv 3x3 with bias, BN, Gate, ReLU] per width and MaxPool
-    at 'M'.
+    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M".
 
     Shape: (B, 3, H, W) -> (B, num_classes); H and W at least 32.
     """
@@ -33,14 +33,10 @@ class GateVGG(GatedModel):
             if width == "M":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [
-                    nn.Conv2d(channels, width, 3, padding=1),
-                    nn.BatchNorm2d(width),
-                    Gate(width),
-                    nn.ReLU(True),
-                ]
+                layers.append(nn.Conv2d(channels, width, 3, padding=1))
+                layers += [nn.BatchNorm2d(width), Gate(width), nn.ReLU(True)]
                 channels = width
-        # Adaptive, so that other image sizes work; on 32x32 the input is 1x1 already.
+        # 32x32 images are 1x1 here already; the pooling makes other sizes work.
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
         self.init_weights()
@@ -50,7 +46,7 @@ class GateVGG(GatedModel):
 
     def _channel_groups(self) -> Iterator[ChannelGroup]:
         convs = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.Conv2d)]
-        readers = [f"features.{i}" for i in convs[1:]] + ["classifier"]
+        readers = [*(f"features.{i}" for i in convs[1:]), self.head]
         for i, reader in zip(convs, readers, strict=True):
             conv, norm, gate = (f"features.{i + k}" for k in range(3))
-            yield ChannelGroup.around(gates=(gate,), norms=(norm,), convs=(conv,), inputs=(reader,))
+            yield ChannelGroup.around([gate], [norm], [conv], [reader])

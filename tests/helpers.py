@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 import gfbs_cifar
 import train
-from models import GatedModel, build_model
+from models import ChannelGroup, Gate, GatedModel, build_model
 from utils.checkpoint import load_model
 from utils.data.small import image_batches
 from utils.distributed import Runtime
+from utils.pruning import PruningPlan
 
 COMMON = [
     "--net", "gateresnet20", "--dataset", "folder", "--data_dir", "images", "--image_size", "16",
@@ -113,3 +117,48 @@ def random_batch(count: int = 8, size: int = 32, num_classes: int = 10, dtype=to
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |a|, in which this project states equality."""
     return ((a - b).abs().max() / a.abs().max()).item()
+
+
+def random_plan(model, seed, share=None):
+    random.seed(seed)
+    keep = {}
+    for name, width in model.group_widths().items():
+        count = max(1, round(width * (random.random() if share is None else share)))
+        keep[name] = sorted(random.sample(range(width), count))
+    return PruningPlan(keep)
+
+
+def formula(model, images, labels, w_beta=0.05, taylor=True):
+    """Section by section as the paper writes it, with an ordinary backward pass on a copy."""
+    model = copy.deepcopy(model).train()
+    F.cross_entropy(model(images), labels).backward()
+
+    def normalised(vector):
+        norm = vector.pow(2).sum().sqrt()
+        return vector / norm if norm > 0 else torch.zeros_like(vector)
+
+    scores = {}
+    for group in model.channel_groups():
+        norms = [model.get_submodule(name) for name in group.norms]
+        gamma = sum(normalised(n.weight.detach().abs()) for n in norms) / len(norms)
+        grad = sum(normalised(n.weight.grad.abs()) for n in norms) / len(norms)
+        shift = sum(normalised(n.bias.detach()) for n in norms) / len(norms)
+        scores[group.name] = taylor * gamma * grad + w_beta * shift
+    return scores
+
+
+class Nested(GatedModel):
+    """The least network whose classifier is inside another module."""
+
+    head = "classifier.1"
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.conv, self.norm, self.gate = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Gate(4)
+        self.classifier = nn.Sequential(nn.Dropout(0.0), nn.Linear(4, num_classes))
+
+    def forward(self, x):
+        return self.classifier(self.gate(self.norm(self.conv(x))).relu().mean((2, 3)))
+
+    def _channel_groups(self):
+        yield ChannelGroup.around(["gate"], ["norm"], ["conv"], [self.head])

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_batch, random_model, run_gfbs, run_train
-from test_models import Nested
+from helpers import Nested, random_batch, random_model, run_gfbs, run_train
 
 import models
 from utils.checkpoint import checksum, load_checkpoint, load_model, read_state_dict, save_checkpoint

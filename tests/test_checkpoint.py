@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_batch, random_model
-from test_surgery import random_plan
+from helpers import random_batch, random_model, random_plan
 
 from models import NETWORKS
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -92,7 +91,9 @@ def test_files_of_others_load(tmp_path, wrapper, prefix, gates):
     if gates:
         model.gate1.gate.data[0, 3] = 0  # a masked channel stays masked
     torch.save(wrapped(model.state_dict(), wrapper, prefix, gates), tmp_path / "other.pth")
-    loaded = load_model(tmp_path / "other.pth")
+    checkpoint = load_checkpoint(tmp_path / "other.pth")
+    assert checkpoint.meta == ({"accuracy": 12.5, "epoch": 3} if wrapper else {})
+    loaded = checkpoint.model
     assert (loaded.net, loaded.num_classes) == ("gateresnet20", 13)
     images, _ = random_batch(2)
     assert torch.equal(loaded.eval()(images), model.eval()(images))
@@ -106,12 +107,6 @@ def test_every_network_is_recognised_by_its_keys(tmp_path, net):
     assert (loaded.net, loaded.num_classes) == (net, 3)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-
-
-def test_metadata_of_published_files_is_read(tmp_path):
-    state = random_model("gateresnet20").state_dict()
-    torch.save(wrapped(state, "net", "module.", True), tmp_path / "other.pth")
-    assert load_checkpoint(tmp_path / "other.pth").meta == {"accuracy": 12.5, "epoch": 3}
 
 
 def test_a_pruned_file_without_its_plan_is_refused_with_that_reason(tmp_path):

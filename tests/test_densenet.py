@@ -8,13 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import random_batch, random_model, relative_difference, settle
-from test_saliency import formula
-from test_surgery import random_plan
+from helpers import formula, random_batch, random_model, random_plan, relative_difference, settle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from models.selector import ChannelSelector
+from models.layers import ChannelSelector
 from utils.cost import model_cost
 from utils.pruning import PruningPlan
 from utils.saliency import channel_saliency
@@ -158,7 +156,7 @@ def test_unread_channels_go_and_nothing_else(model, share):
     assert dataclasses.astuple(planned) == cost_by_hand(model.net, plan.keep, full)
     assert model_cost(model, 32) == planned
     assert model.live_channels() == ({}, {})
-    assert model.kept == plan.losses(full).keep  # what follows from the plan is no part of it
+    assert model.kept == plan.shrinking(full).keep  # what follows from the plan is no part of it
 
 
 def without(model, gates, channels):

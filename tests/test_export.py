@@ -12,10 +12,10 @@ import torch
 from helpers import random_model, relative_difference
 from torch import nn
 
+from models.gate import deployable
 from tools import export
 from utils.checkpoint import save_checkpoint
 from utils.cost import model_cost
-from utils.deploy import deployable
 from utils.errors import InputError, RunError
 from utils.pruning import PruningPlan
 from utils.surgery import prune

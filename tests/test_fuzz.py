@@ -10,8 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers import random_model
-from test_surgery import random_plan
+from helpers import random_model, random_plan
 
 from utils.checkpoint import checksum, load_checkpoint, save_checkpoint
 from utils.errors import InputError

@@ -15,10 +15,10 @@ from helpers import (
     one_run,
     random_batch,
     random_model,
+    random_plan,
     randomise_channels,
     relative_difference,
 )
-from test_surgery import random_plan
 from torch import nn
 from torchvision.transforms.v2 import functional
 

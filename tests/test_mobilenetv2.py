@@ -7,14 +7,10 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import random_batch, random_model, relative_difference
-from test_pruning import brute_force
-from test_surgery import random_plan
+from helpers import random_batch, random_model, random_plan
 
 from models import build_model
 from utils.cost import model_cost
-from utils.pruning import select_channels
 from utils.saliency import channel_saliency
 from utils.selection import planned_cost
 from utils.surgery import prune
@@ -156,30 +152,6 @@ def test_blocks_add_their_shortcut_or_none(model):
         else:
             expected = block.shortcut[1](block.shortcut[0](x)) if b in PROJECTED else x
         assert torch.equal(block(x), expected), b  # negative values too: no ReLU after gate3
-
-
-def test_saliency_of_two_norms_is_the_formula(model):
-    """Each factor is averaged over the norms of expansion and depthwise, then they are combined."""
-    model = model.double()
-    images, labels = random_batch(8, 16, dtype=torch.float64)
-    scores = channel_saliency(model, images, labels)
-    F.cross_entropy(model.train()(images), labels).backward()
-    for b in (0, 5):
-        block = model.layers[b]
-
-        def mean(vectors):
-            return sum(v / v.norm() for v in vectors) / 2
-
-        gamma = mean([norm.weight.detach().abs() for norm in (block.bn1, block.bn2)])
-        grad = mean([norm.weight.grad.abs() for norm in (block.bn1, block.bn2)])
-        shift = mean([norm.bias.detach() for norm in (block.bn1, block.bn2)])
-        assert relative_difference(gamma * grad + 0.05 * shift, scores[f"layers.{b}.gate1"]) < 1e-12
-
-
-def test_selection_equals_brute_force_and_splits_no_group(model):
-    saliency = channel_saliency(model, *random_batch(8, 16))
-    plan = select_channels(model.channel_groups(), saliency, 0.6)
-    assert plan.keep == brute_force(model, saliency, 0.6)
 
 
 def test_every_criterion_scores_it(model):

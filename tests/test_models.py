@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import random_batch
+from helpers import Nested, random_batch
 from torch import nn
 
-from models import ALIASES, NETWORKS, ChannelGroup, Gate, GatedModel, build_model
+from models import ALIASES, NETWORKS, ChannelGroup, Gate, build_model
 from utils.cost import model_cost
 
 
@@ -26,7 +26,7 @@ def test_forward_and_backward_reach_every_parameter(net):
 
 
 @pytest.mark.parametrize("net", NETWORKS)
-def test_every_gate_and_norm_is_in_exactly_one_group(net):
+def test_every_gate_and_norm_is_in_one_group_and_every_group_in_one_stage(net):
     model = build_model(net)
     groups = model.channel_groups()
     gates = [name for name, module in model.named_modules() if isinstance(module, Gate)]
@@ -38,13 +38,8 @@ def test_every_gate_and_norm_is_in_exactly_one_group(net):
     along = ("downsample", "shortcut")  # cut along, but without a score
     norms = [name for name in norms if not any(part in name for part in along)]
     assert sorted(norm for group in groups for norm in group.norms) == sorted(norms)
-
-
-@pytest.mark.parametrize("net", NETWORKS)
-def test_stages_hold_every_group_once(net):
-    model = build_model(net)
     staged = [name for stage in model.pruning_stages() for name in stage]
-    assert sorted(staged) == sorted(model.group_widths())
+    assert sorted(staged) == sorted(group.name for group in groups)
 
 
 def test_published_keys_of_vgg16():
@@ -67,10 +62,10 @@ def test_published_keys_of_resnet20():
     assert keys == expected
 
 
-@pytest.mark.parametrize(
-    "net, macs, params",
-    [("gatevgg16", 313.2e6, 14.728e6), ("gateresnet56", 125.5e6, 0.853e6)],
-)
+FIGURES = [("gatevgg16", 313.2e6, 14.728e6), ("gateresnet56", 125.5e6, 0.853e6)]
+
+
+@pytest.mark.parametrize("net, macs, params", FIGURES)
 def test_cost_meets_the_known_figures(net, macs, params):
     cost = model_cost(build_model(net), 32)
     assert cost.macs == pytest.approx(macs, rel=1e-3)
@@ -98,21 +93,22 @@ def test_alias_has_a_hundred_classes_and_no_other_number():
         build_model("gateresnet56_c100", 10)
 
 
-class Nested(GatedModel):
-    """The least network whose classifier is inside another module."""
+@pytest.mark.parametrize("head", ["", "fc", None, 3])
+def test_a_network_must_name_its_classifier(monkeypatch, head):
+    class Headless(Nested):
+        pass
 
-    head = "classifier.1"
+    Headless.head = head
+    monkeypatch.setitem(NETWORKS, "mine", Headless)
+    for fail in (lambda: build_model("mine", 3), Headless(3).channel_groups):
+        with pytest.raises(TypeError, match=f"Headless.head must name .* no layer is {head!r}"):
+            fail()
 
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        self.conv, self.norm, self.gate = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Gate(4)
-        self.classifier = nn.Sequential(nn.Dropout(0.0), nn.Linear(4, num_classes))
 
-    def forward(self, x):
-        return self.classifier(self.gate(self.norm(self.conv(x))).relu().mean((2, 3)))
-
-    def _channel_groups(self):
-        yield ChannelGroup.around(["gate"], ["norm"], ["conv"], [self.head])
+def test_what_the_registry_builds_is_a_gated_model(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: nn.Linear(3, num_classes))
+    with pytest.raises(TypeError, match="'mine' is a Linear, not a GatedModel"):
+        build_model("mine", 3)
 
 
 def test_a_new_head_takes_the_place_of_the_old_one_inside_another_module():
@@ -128,16 +124,13 @@ def test_other_image_sizes_work():
         assert build_model(net, 7).eval()(torch.randn(1, 3, 48, 64)).shape == (1, 7)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"inputs": ("layer9.conv1",)}, "layer9.conv1"),
-        ({"norms": ("layer3.0.bn1",)}, "differ in width"),
-    ],
-)
-def test_group_that_does_not_fit_is_refused_by_name(monkeypatch, change, message):
+MISFITS = [("inputs", "layer9.conv1", "layer9.conv1"), ("norms", "layer3.0.bn1", "differ in width")]
+
+
+@pytest.mark.parametrize("side, layer, message", MISFITS)
+def test_group_that_does_not_fit_is_refused_by_name(monkeypatch, side, layer, message):
     model = build_model("gateresnet20")
-    groups = [dataclasses.replace(group, **change) for group in model._channel_groups()]
+    groups = [dataclasses.replace(group, **{side: (layer,)}) for group in model._channel_groups()]
     monkeypatch.setattr(model, "_channel_groups", lambda: iter(groups))
     with pytest.raises(ValueError, match=message):
         model.channel_groups()

@@ -13,6 +13,7 @@ from helpers import random_batch, random_model
 
 from models import ChannelGroup, Gate, build_model
 from utils.cost import model_cost
+from utils.errors import InputError
 from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.saliency import channel_saliency
 from utils.selection import select_within
@@ -60,14 +61,16 @@ def test_selection_equals_brute_force(net, ratio, ties, min_channels):
     assert plan.keep == brute_force(model, saliency, ratio, min_channels)
 
 
-def test_selection_equals_brute_force_on_real_scores():
-    model = random_model("gateresnet20")
-    saliency = channel_saliency(model, *random_batch(32))
+@pytest.mark.parametrize("net", ["gateresnet20", "gatemobilenetv2"])
+def test_selection_equals_brute_force_on_real_scores(net):
+    model = random_model(net)
+    saliency = channel_saliency(model, *random_batch(8, 16))
     plan = select_channels(model.channel_groups(), saliency, 0.6)
     assert plan.keep == brute_force(model, saliency, 0.6)
     gates = {group.name: len(group.gates) for group in model.channel_groups()}
     kept = sum(gates[name] * len(channels) for name, channels in plan.keep.items())
-    assert 0.4 * 688 - 1 < kept <= 0.4 * 688 + 3 * 64  # the cut may move on past a stage's stream
+    if net == "gateresnet20":  # the cut may move on past the entries of one stream
+        assert 0.4 * 688 - 1 < kept <= 0.4 * 688 + 3 * 64
 
 
 def groups_and_scores(widths, gates_of):
@@ -168,7 +171,7 @@ def test_an_impossible_budget_is_refused_with_what_is_possible():
     saliency = {name: torch.randn(width) for name, width in model.group_widths().items()}
     ranking = Ranking(model.channel_groups(), saliency, min_channels=4)
     least = model_cost(prune(copy.deepcopy(model), ranking.plan(0)), 32)
-    with pytest.raises(ValueError, match=f"at least {least.macs} macs stay"):
+    with pytest.raises(InputError, match=f"at least {least.macs} macs stay"):
         select_within(model, ranking, 32, "macs", most=least.macs - 1)
     plan = select_within(model, ranking, 32, "macs", most=least.macs)
     assert model_cost(prune(model, plan), 32) == least
@@ -182,40 +185,55 @@ def test_the_ratio_may_count_from_what_was_there_before():
     assert kept == 20  # 27 are asked for, and no more than 20 are there
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan")])
-def test_ratio_outside_is_refused(ratio):
+def test_ratio_outside_is_refused():
     groups, scores = groups_and_scores({"a": [1, 2]}, {"a": 1})
-    with pytest.raises(ValueError, match="ratio"):
-        select_channels(groups, scores, ratio)
+    for ratio in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="ratio"):
+            select_channels(groups, scores, ratio)
 
 
 def test_bad_scores_are_refused_by_name():
     groups, scores = groups_and_scores({"a": [1, 2], "b": [1, 2]}, {"a": 1, "b": 1})
-    with pytest.raises(ValueError, match="b0 is not finite"):
-        select_channels(groups, {**scores, "b0": torch.tensor([1, float("nan")])}, 0.5)
-    with pytest.raises(ValueError, match="no saliency for channel group b0"):
-        select_channels(groups, {"a0": scores["a0"]}, 0.5)
-    with pytest.raises(ValueError, match="min_channels"):
-        select_channels(groups, scores, 0.5, min_channels=0)
-    with pytest.raises(ValueError, match="round_to"):
-        select_channels(groups, scores, 0.5, round_to=0)
+    for saliency, options, message in (
+        ({**scores, "b0": torch.tensor([1, float("nan")])}, {}, "b0 is not finite"),
+        ({"a0": scores["a0"]}, {}, "no saliency for channel group b0"),
+        (scores, {"min_channels": 0}, "min_channels"),
+        (scores, {"round_to": 0}, "round_to"),
+        (scores, {"scope": "all"}, "scope must be global or layer, not 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_channels(groups, saliency, 0.5, **options)
 
 
 @pytest.mark.parametrize(
     "keep, message",
     [
-        ({"g": []}, "keeps nothing"),
-        ({"g": [2, 1]}, "not sorted"),
-        ({"g": [1, 1]}, "not unique"),
-        ({"g": [-1, 1]}, "no channel index"),
-        ({"g": [0.5]}, "no channel index"),
-        ({"g": [True]}, "no channel index"),
-        ({"g": "12"}, "list of indices"),
+        ([], "keeps nothing"), ([2, 1], "not sorted"), ([1, 1], "not unique"),
+        ([-1, 1], "no channel index"), ([0.5], "no channel index"), ([True], "no channel index"),
+        ("12", "list of indices"),
     ],
-)
+)  # fmt: skip
 def test_plans_that_make_no_sense_are_refused_by_name(keep, message):
-    with pytest.raises(ValueError, match=f"(?s)g.*{message}|{message}"):
-        PruningPlan(keep)
+    with pytest.raises(ValueError, match=f"the_group.*{message}"):
+        PruningPlan({"the_group": keep})
+
+
+def test_parts_of_a_plan_one_after_the_other_are_the_plan():
+    plan = PruningPlan({"a": [0, 2], "b": [1], "c": [0, 1, 2]})
+    assert plan.only(None) == plan
+    assert plan.only(["c", "a", "nowhere"]).keep == {"c": [0, 1, 2], "a": [0, 2]}
+    assert plan.only(["a", "c"]).then(plan.only(["b"])) == plan
+    assert plan.shrinking({"a": 3, "b": 2, "c": 3}) == plan.only(["a", "b"])
+
+
+def test_a_second_cut_counts_what_the_first_has_left():
+    first = PruningPlan({"a": [1, 4, 5, 9], "b": [0]})
+    assert first.then(PruningPlan({"a": [0, 3], "c": [2]})).keep == {
+        "a": [1, 9],
+        "b": [0],
+        "c": [2],
+    }
+    assert first.keep == {"a": [1, 4, 5, 9], "b": [0]}
 
 
 def test_plan_of_another_network_is_refused():
@@ -266,5 +284,3 @@ def test_scope_layer_within_a_budget_cuts_alike_in_all_groups():
     plan = select_within(model, ranking, 32, "macs", 0.4 * model_cost(model, 32).macs)
     shares = [len(keep) / model.group_widths()[name] for name, keep in plan.keep.items()]
     assert max(shares) - min(shares) <= 1 / 64
-    with pytest.raises(ValueError, match="scope must be global or layer, not 'all'"):
-        Ranking(model.channel_groups(), saliency, scope="all")

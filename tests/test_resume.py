@@ -513,6 +513,7 @@ def owner(trained):
 
 def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
     monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
+    (trained / "result.json").unlink()  # an unfinished run
     before = snapshot(trained)
     for _ in range(2):  # the refused one leaves the owner's name
         with pytest.raises(InputError, match=f"in use by process {owner.pid} on {gethostname()};"):
@@ -526,6 +527,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, mo
 
 
 def test_a_folder_is_waited_for(trained, owner):
+    (trained / "result.json").unlink()
     threading.Timer(0.3, owner.kill).start()
     run_train("--resume")
 

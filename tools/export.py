@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from models.gate import GatedModel
+from models.gate import deployable
+from models.groups import GatedModel
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli.parser import Parser, count, run_script
 from utils.cost import model_cost
-from utils.deploy import deployable
 from utils.errors import InputError, RunError
 from utils.files import write_atomically, write_json
 

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds and parameters."""
+"""The cost of a network: multiply-adds and parameters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.gate import Gate, GatedModel
+from models import Gate, GatedModel
 from utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image (what the pruning literature prints as "FLOPs") and parameters."""
+    """Multiply-adds of one image (papers on pruning call them FLOPs), and parameters."""
 
     macs: int
     params: int
@@ -26,20 +26,18 @@ class Cost:
 def model_cost(model: GatedModel, image_size: int) -> Cost:
     """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
 
-    MACs are those of convolutions and linear layers, counted by torch's own ``FlopCounterMode``,
-    which reports two FLOPs a multiply-add. Gates are no parameters. The network itself is not run:
-    a copy of its shapes is, without data.
+    MACs are those of convolutions and linear layers. Gates do not count as parameters. Only shapes
+    are run, on the meta device; the network itself stays as it is.
 
-    Raises InputError where the images are too small for the network.
+    Raises InputError if the images are too small for the network.
     """
     shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     except RuntimeError as error:
-        raise InputError(
-            f"images of {image_size} pixels do not fit {model.net} ({error})"
-        ) from error
+        size = f"images of {image_size} pixels"
+        raise InputError(f"{size} do not fit {model.net} ({error})") from error
     gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
     params = sum(parameter.numel() for parameter in model.parameters()) - gates
-    return Cost(counter.get_total_flops() // 2, params)
+    return Cost(counter.get_total_flops() // 2, params)  # torch counts two FLOPs per MAC

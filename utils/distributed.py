@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.gate import GatedModel
+from models import GatedModel
 from utils.errors import InputError, RunError
 
 T = TypeVar("T")

@@ -1,14 +1,22 @@
-"""Writing files that appear whole or not at all."""
+"""Files: written whole or not at all, and read without trust in what they hold."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import InputError
 
 
 def write_atomically(
@@ -72,3 +80,72 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a file of ``torch.save`` that may be damaged or hostile, on the CPU.
+
+    It loads tensors and plain values only, and takes no more memory than the file has bytes.
+
+    Raises InputError, without the path, if the file is missing or cannot be read in this way.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            content = _unpickle(file, status.st_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError("no such checkpoint") from error
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})") from error
+    _check_sizes(content, status.st_size)
+    return content
+
+
+def _unpickle(file: IO[bytes], size: int) -> Any:
+    try:
+        if file.read(4) == b"PK\3\4":  # a zip file; otherwise torch's old format
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise InputError("damaged: it is compressed, and torch.save compresses nothing")
+            if sum(entry.file_size for entry in entries) > size:
+                raise InputError("damaged: its parts are larger than the whole file")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (InputError, OSError):
+        raise
+    except pickle.UnpicklingError as error:
+        reason = "it is damaged, or holds other things than tensors and plain values"
+        raise InputError(f"cannot be loaded safely: {reason}") from error
+    except Exception as error:  # torch raises almost anything for a damaged file
+        raise InputError(f"damaged, or no checkpoint ({type(error).__name__})") from error
+
+
+def _check_sizes(content: Any, size: int) -> None:
+    """Refuse tensors and containers that take more memory than the ``size`` bytes of their file.
+
+    A few bytes can stand for a huge tensor that repeats one value, or for lists that contain
+    themselves. Tensors that share a storage (tied weights) count once.
+    """
+    entries, found, storages = [("content", content)], 0, {}
+    while entries:
+        name, value = entries.pop()
+        found += 1
+        if isinstance(value, Mapping):
+            entries += [(key if isinstance(key, str) else name, v) for key, v in value.items()]
+            entries += [(name, key) for key in value]
+        elif isinstance(value, (list, tuple)):
+            entries += [(name, v) for v in value]
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+                raise InputError(f"damaged: {name!r} is sparse, nested or without values")
+            storage = value.untyped_storage()
+            if value.numel() * value.element_size() > storage.nbytes():
+                raise InputError(f"damaged: {name!r} is larger than what the file holds of it")
+            storages[storage.data_ptr()] = storage.nbytes()
+        if found > size:
+            raise InputError(f"damaged: {name!r} holds more values than the file has bytes")
+    if sum(storages.values()) > size:
+        raise InputError("damaged: its tensors are larger than the whole file")

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.gate import GatedModel, folded_gates
+from models import GatedModel
+from models.gate import folded_gates
 from utils.data.batches import Batches
 from utils.distributed import Runtime
 from utils.errors import InputError, RunError

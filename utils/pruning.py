@@ -11,23 +11,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.gate import ChannelGroup, GatedModel
+from models import ChannelGroup, GatedModel
 
 SCOPES = ("global", "layer")
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The channels that every group keeps. A group that is not named keeps everything.
+    """The channels that each group keeps. A group that is not named keeps all its channels.
 
     Attributes:
-        keep: sorted indices into the channels of the model that the plan was made for, by group
-            name.
-        held_at_floor: the groups that would have kept fewer channels but for the floor; for the
-            report only, not part of what is saved or compared.
+        keep: group name -> sorted indices of the channels that stay. They count the channels of the
+            model for which the plan was made.
+        held_at_floor: the groups that kept more channels than selected, to reach the minimum. For
+            reports only: it is neither saved nor compared.
 
-    Raises ValueError with the group's name for indices that are not sorted, unique and
-    non-negative, or for an empty group.
+    Raises ValueError, with the group's name, if indices are not sorted, unique and non-negative, or
+    if a group keeps nothing.
     """
 
     keep: dict[str, list[int]]
@@ -36,66 +36,62 @@ class PruningPlan:
     def __post_init__(self):
         for name, indices in self.keep.items():
             if not isinstance(name, str) or not isinstance(indices, (list, tuple)):
-                raise ValueError(
-                    f"pruning plan: {name!r} must be a group name with a list of indices"
-                )
+                raise ValueError(f"pruning plan: {name!r} needs a name and a list of indices")
             if not indices:
-                raise ValueError(
-                    f"pruning plan: group {name} keeps nothing; at least one channel must stay"
-                )
+                raise ValueError(f"pruning plan: group {name} keeps nothing; one channel must stay")
             if any(type(i) is not int or i < 0 for i in indices):
-                raise ValueError(f"pruning plan: group {name} holds what is no channel index")
+                raise ValueError(f"pruning plan: group {name} has what is no channel index")
             if any(a >= b for a, b in itertools.pairwise(indices)):
-                raise ValueError(
-                    f"pruning plan: the indices of group {name} are not sorted, or not unique"
-                )
+                raise ValueError(f"pruning plan: indices of {name} are not sorted, or not unique")
 
-    def losses(self, widths: Mapping[str, int]) -> PruningPlan:
-        """The part of the plan that names the groups that lose channels, out of such widths.
+    def shrinking(self, widths: Mapping[str, int]) -> PruningPlan:
+        """The part of the plan for groups that lose channels; ``widths`` are their widths now.
 
-        Raises ValueError, naming group and bound, for a plan that does not fit them.
+        Raises ValueError, with the group, if the plan does not fit the widths.
         """
         for name, indices in self.keep.items():
             if name not in widths:
                 raise ValueError(f"pruning plan: the network has no channel group {name!r}")
             if indices[-1] >= widths[name]:
-                raise ValueError(
-                    f"pruning plan: group {name} keeps channel {indices[-1]} of {widths[name]}"
-                )
-        losing = {name: keep for name, keep in self.keep.items() if len(keep) < widths[name]}
-        return PruningPlan(losing)
+                bound = f"channel {indices[-1]} of {widths[name]}"
+                raise ValueError(f"pruning plan: group {name} keeps {bound}")
+        return self.only([name for name, keep in self.keep.items() if len(keep) < widths[name]])
 
-    def only(self, groups: Sequence[str]) -> PruningPlan:
-        """The part of the plan for these groups."""
-        return PruningPlan({name: keep for name, keep in self.keep.items() if name in groups})
+    def only(self, groups: Sequence[str] | None) -> PruningPlan:
+        """The part of the plan for these groups; the whole plan for None."""
+        if groups is None:
+            return self
+        return PruningPlan({name: self.keep[name] for name in groups if name in self.keep})
 
     def then(self, plan: PruningPlan) -> PruningPlan:
-        """What is left of the unpruned network once ``plan`` has cut what this one left."""
-        return PruningPlan(compose_kept(self.keep, plan))
+        """Both cuts as one plan: ``plan`` refers to the network that this plan has cut."""
+        kept = self.keep
+        after = {
+            name: [kept[name][i] for i in keep] if name in kept else list(keep)
+            for name, keep in plan.keep.items()
+        }
+        return PruningPlan({**kept, **after})
 
     def apply_mask(self, model: GatedModel) -> GatedModel:
-        """Zero the gates of all channels that go, in place; the output is the pruned model's."""
-        losing = self.losses(model.group_widths())
+        """Zero the gates of all channels that go, in place; outputs are those of ``prune``."""
+        plan = self.shrinking(model.group_widths())
         for group in model.channel_groups():
-            if group.name in losing.keep:
+            if keep := plan.keep.get(group.name):
                 for name in group.gates:
                     gate = model.get_submodule(name).gate
                     mask = torch.zeros_like(gate)
-                    mask[:, losing.keep[group.name]] = 1
+                    mask[:, keep] = 1
                     gate.data.mul_(mask)
         return model
 
     def to_json(self) -> str:
-        """One line per group, so that two plans can be compared by eye and by diff."""
-        lines = [
-            f"  {json.dumps(name)}: {json.dumps(list(indices))}"
-            for name, indices in self.keep.items()
-        ]
+        """One line per group, so that a diff shows what differs."""
+        lines = [f"  {json.dumps(name)}: {json.dumps(list(k))}" for name, k in self.keep.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """The inverse of ``to_json``; ValueError where the text is no plan."""
+        """The inverse of ``to_json``. Raises ValueError if the text is not a plan."""
         try:
             keep = json.loads(text)
         except json.JSONDecodeError as error:
@@ -105,36 +101,25 @@ class PruningPlan:
         return cls(keep)
 
 
-def compose_kept(kept: Mapping[str, Sequence[int]], plan: PruningPlan) -> dict[str, list[int]]:
-    """What is left of the unpruned network once ``plan`` has cut what was left of it, ``kept``."""
-    after = {
-        name: [kept[name][i] for i in keep] if name in kept else list(keep)
-        for name, keep in plan.keep.items()
-    }
-    return {**kept, **after}
-
-
 class Ranking:
-    """All channels of a network in order of their saliency, from which plans of any size are cut.
+    """All channels of a network, ranked by saliency. It yields plans of any size.
 
-    Every gate of every group contributes its channels' scores, in module order; of equal scores
-    the later entry ranks higher.
+    Each gate of each group has one entry per channel, in module order. Of equal scores, the later
+    entry ranks higher.
 
     Args:
         groups: the channel groups of the network.
         saliency: scores (C,) by group name.
-        min_channels: floor for every group, of its most salient channels; a narrower group keeps
-            all it has.
-        round_to: widths are rounded up to multiples of it, by the next most salient channels of
-            the group, and never above the present width.
-        scope: "global" compares the scores of all groups; with "layer" a channel's rank within
-            its group takes the place of its score, so that every group loses the same share.
+        min_channels: each group keeps at least so many channels, or all if it has fewer.
+        round_to: round widths up to a multiple of this, but not above the present width.
+        scope: "global" ranks the scores of all groups together. "layer" replaces each score by the
+            channel's rank within its group, so that all groups lose the same share.
 
     Attributes:
-        entries: how many gate entries there are.
+        entries: number of entries.
 
-    Raises ValueError for a floor or a multiple below 1, an unknown scope, or scores that are
-    missing or not finite (with the group's name).
+    Raises ValueError if ``min_channels`` or ``round_to`` is below 1, the scope is unknown, or (with
+    the group's name) scores are missing or not finite.
     """
 
     def __init__(
@@ -165,24 +150,20 @@ class Ranking:
         self.entries = len(self._order)
 
     def cut_after(self, kept: int) -> int:
-        """The published rule: while the first entry to go belongs to a group of several gates, one
-        entry more stays, so that coupled channels are not split.
+        """The published rule that splits no coupled channel: keep one entry more as long as the
+        first entry to go belongs to a group with several gates.
         """
-        coupled = torch.cat(
-            [
-                torch.full((size,), len(group.gates) > 1)
-                for group, size in zip(self._owners, self._sizes, strict=True)
-            ]
-        )[self._order]
+        coupled = torch.tensor([len(group.gates) > 1 for group in self._owners])
+        coupled = coupled.repeat_interleave(torch.tensor(self._sizes))[self._order]
         while kept < self.entries and coupled[kept]:
             kept += 1
         return kept
 
     def plan(self, kept: int) -> PruningPlan:
-        """Keep the first ``kept`` entries, and what floor and rounding add to them.
+        """Keep the first ``kept`` entries, and what ``min_channels`` and ``round_to`` add.
 
-        A channel stays if any of its entries does: equal scores may leave the copies of one channel
-        on both sides. A plan of more entries contains every plan of fewer.
+        A channel stays if any of its entries stays: with equal scores, the entries of one channel
+        may lie on both sides of the cut. A larger ``kept`` gives a plan that contains this one.
         """
         stays = torch.zeros(self.entries, dtype=torch.bool)
         stays[self._order[:kept]] = True
@@ -196,7 +177,7 @@ class Ranking:
             width, floor = int(mask.sum()), min(self.min_channels, len(mask))
             if width < floor:
                 held.append(group.name)
-            width = min(_multiple_from(max(width, floor), self.round_to), len(mask))
+            width = -(-max(width, floor) // self.round_to) * self.round_to  # rounded up
             mask[_descending(self._scores[group.name])[:width]] = True
             keep[group.name] = mask.nonzero().flatten().tolist()
         return PruningPlan(keep, tuple(held))
@@ -214,57 +195,51 @@ def select_channels(
 ) -> PruningPlan:
     """Keep the most salient channels of the whole network, as the published code selects them.
 
-    Of N gate entries (see ``Ranking``) the first ``int(N * (1 - ratio))`` stay, or a few more where
-    the cut would split coupled channels.
+    Of N entries (see ``Ranking``) the first ``int(N * (1 - ratio))`` stay, or a few more where the
+    cut would split coupled channels.
 
     Args:
         groups, saliency, min_channels, round_to, scope: see ``Ranking``.
         ratio: share of the entries to remove, in [0, 1).
-        entries: the N of which the ratio is a share, by default those there are: a network that has
-            been cut before may count from what it had.
+        entries: N; default: all entries. A network that was cut before may count from the number
+            of entries that it had.
 
-    Raises ValueError for a ratio outside [0, 1), and as ``Ranking`` does.
+    Raises ValueError if the ratio is outside [0, 1), and as ``Ranking`` does.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
-    limits = {"min_channels": min_channels, "round_to": round_to, "scope": scope}
-    ranking = Ranking(groups, saliency, **limits)
+    ranking = Ranking(
+        groups, saliency, min_channels=min_channels, round_to=round_to, scope=scope
+    )  # fmt: skip
     total = ranking.entries if entries is None else entries
     return ranking.plan(ranking.cut_after(min(ranking.entries, int(total * (1 - ratio)))))
 
 
 def largest_plan(ranking: Ranking, fits: Callable[[PruningPlan], bool]) -> PruningPlan | None:
-    """The plan of the most channels that ``fits``, by bisection; None if even the floor does not.
+    """The largest plan that ``fits``, by bisection; None if no plan fits.
 
-    Where a plan fits, so must every smaller one. Coupled channels go one by one, all copies of one
-    together, so that a budget is met as closely as the network allows.
+    If a plan fits, every smaller plan must fit too. The coupled rule (``cut_after``) does not apply
+    here, so that a budget is met closely. All entries of a channel still go together.
     """
-    # The smallest number of entries whose plan does not fit; everything may.
+    # The smallest number of entries whose plan does not fit.
     beyond = bisect.bisect_left(
         range(ranking.entries + 1), True, key=lambda kept: not fits(ranking.plan(kept))
     )
     return ranking.plan(beyond - 1) if beyond else None
 
 
-def _multiple_from(width: int, step: int) -> int:
-    """The least multiple of ``step`` that is not below ``width``."""
-    return -(-width // step) * step
-
-
 def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The group of every gate, in module order where the groups know it, else as listed."""
+    """The group of every gate, in module order if all groups have positions, else as listed."""
     owners = [group for group in groups for _ in group.gates]
     positions = [place for group in groups for place in group.positions]
     if len(positions) < len(owners):
         return owners
-    return [
-        owner for _, owner in sorted(zip(positions, owners, strict=True), key=lambda pair: pair[0])
-    ]
+    return [owners[i] for i in sorted(range(len(owners)), key=positions.__getitem__)]
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """Ranks (C,) in (0, 1) from the lowest score to the highest: (i + 1/2) / C, so that a threshold
-    t on them cuts round(C * t) channels.
+    """Ranks (C,) from the lowest score to the highest: (i + 1/2) / C for i = 0..C-1, so that a
+    threshold t cuts round(C * t) channels.
     """
     ranks = torch.empty(len(scores), dtype=torch.float64)
     ranks[_descending(scores).flip(0)] = (torch.arange(len(scores)).double() + 0.5) / len(scores)

@@ -1,7 +1,6 @@
-"""Which channels matter: scores from one forward and one backward pass of one minibatch, in train
-mode.
+"""Score channels from one forward and one backward pass of one minibatch, in train mode.
 
-Equations are those of the paper, "Exploring Gradient Flow Based Saliency for DNN Model Compression"
+The method is that of the paper "Exploring Gradient Flow Based Saliency for DNN Model Compression"
 (ACM MM 2021).
 """
 
@@ -18,23 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.gate import ChannelGroup, GatedModel, folded_gates
+from models import ChannelGroup, GatedModel
+from models.gate import folded_gates
+from utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class GroupSignals:
-    """What a criterion sees of one channel group with C channels.
+    """What a criterion knows of one group: C channels, k norms.
 
     Attributes:
-        gamma: scales of the group's norms (k, C).
-        beta: their shifts (k, C).
-        filters: for each of the group's convolutions, what it has to do with each channel: the
-            filters that make the channels, flattened, (C, inputs * height * width), or, where it
-            only reads them, its input slices.
-        random: (C,) uniform in [0, 1), other numbers for every group.
-        gamma_grad: gradients of the loss with respect to gamma (k, C); None unless the criterion's
-            ``gradients`` are those of the norms.
-        gate_grad: gradients with respect to the gates (gates, C); likewise.
+        gamma: scales of the norms (k, C).
+        beta: shifts of the norms (k, C).
+        filters: one matrix (C, weights per channel) for each of the group's ``convs``: the filters
+            that make the channels or, where a convolution only reads them, its input slices.
+        random: (C,) uniform in [0, 1); other numbers for every group.
+        gamma_grad: gradients of the loss by gamma (k, C); None unless ``Criterion.gradients`` is
+            "norms".
+        gate_grad: gradients of the loss by the gates (gates, C); None unless it is "gates".
     """
 
     gamma: Tensor
@@ -48,7 +48,7 @@ class GroupSignals:
 def unit(x: Tensor) -> Tensor:
     """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # The squares of a very confident network's gradients are below what float32 can hold.
+    # Squares of the tiny gradients of a very confident network are too small for float32.
     wide = F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
     return torch.where(norm > 1e-12, x / norm, wide)
 
@@ -59,62 +59,61 @@ def taylor(group: GroupSignals, w_beta: float) -> Tensor:
 
 
 def beta(group: GroupSignals, w_beta: float) -> Tensor:
-    """The signed shift alone, w_beta * beta / ||beta||: far below zero, the ReLU is shut."""
+    """The shift alone, with its sign: w_beta * beta / ||beta||. Far below zero the ReLU is shut."""
     return w_beta * unit(group.beta).mean(0)
 
 
 def gfbs(group: GroupSignals, w_beta: float) -> Tensor:
     """Gradient flow based saliency: the Taylor term of gamma plus the signed beta.
 
-    In a residual stream each factor is averaged over the stream's norms first, and then combined.
+    For several norms, each of the three factors is averaged over the norms before they combine.
     """
     return taylor(group, w_beta) + beta(group, w_beta)
 
 
 def slimming(group: GroupSignals, w_beta: float) -> Tensor:
-    """|gamma|, compared over all layers as it is: Liu et al., "Network Slimming" (ICCV 2017),
-    section 3, there after training with an L1 penalty on gamma.
+    """|gamma|, compared over all layers without normalisation: Liu et al., "Network Slimming" (ICCV
+    2017), section 3. The paper trains with an L1 penalty on gamma first.
     """
     return group.gamma.abs().mean(0)
 
 
 def taylor_fo(group: GroupSignals, w_beta: float) -> Tensor:
-    """(dL/dz)^2 of a gate z = 1 behind the norm: Molchanov et al., "Importance Estimation for
-    Neural Network Pruning" (CVPR 2019), section 3, the first-order importance (dL/dz * z)^2.
+    """(dL/dz)^2 of a gate z = 1: Molchanov et al., "Importance Estimation for Neural Network
+    Pruning" (CVPR 2019), section 3, the first-order importance (dL/dz * z)^2.
     """
     return group.gate_grad.square().mean(0)
 
 
 def l1(group: GroupSignals, w_beta: float) -> Tensor:
     """sum |w| over each filter: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017),
-    section 3.1. Layers are divided by their L2 norm to be comparable, as the paper's are not.
+    section 3.1. Unlike the paper, we divide each layer by its L2 norm, to compare layers.
     """
     return unit(torch.stack([filters.abs().sum(1) for filters in group.filters])).mean(0)
 
 
 def fpgm(group: GroupSignals, w_beta: float) -> Tensor:
-    """sum_j ||w - w_j|| over the filters j of the layer: what is near the geometric median is what
-    others can stand in for. He et al., "Filter Pruning via Geometric Median" (CVPR 2019), section
-    3.4. Layers are divided by their L2 norm.
+    """sum_j ||w - w_j|| over the filters j of the layer: other filters can replace one that is near
+    the geometric median. He et al., "Filter Pruning via Geometric Median" (CVPR 2019), section 3.4.
+    We divide each layer by its L2 norm.
     """
-    exact = "donot_use_mm_for_euclid_dist"  # the distance of two equal filters is zero
+    exact = "donot_use_mm_for_euclid_dist"  # with mm, two equal filters are not at distance 0
     distances = [torch.cdist(f, f, compute_mode=exact).sum(1) for f in group.filters]
     return unit(torch.stack(distances)).mean(0)
 
 
 def random(group: GroupSignals, w_beta: float) -> Tensor:
-    """The control: every channel is as likely to go as any other."""
+    """The control experiment: every channel is equally likely to go."""
     return group.random
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How to score channels.
+    """A way to score channels.
 
     Attributes:
-        score: from the signals of a group and w_beta to its scores (C,).
-        gradients: whose gradients the score needs, "norms" or "gates"; with None the batch is not
-            looked at.
+        score: maps the signals of a group and w_beta to scores (C,).
+        gradients: the gradients that ``score`` needs. With None, the network is not run.
         scope: how its paper ranks channels; see ``utils.pruning.Ranking``.
     """
 
@@ -173,45 +172,45 @@ def channel_saliency(
 ) -> dict[str, Tensor]:
     """Score every prunable channel of ``model`` on one minibatch.
 
-    The model runs in train mode, so BatchNorm normalises by the statistics of the batch. Nothing of
-    the model changes: parameters, buffers, gradients, modes and the random state are the same bits
-    afterwards.
+    The model runs in train mode: BatchNorm normalises by the statistics of the batch. Afterwards
+    its parameters, buffers, gradients and modes, and the random state, are the same bits as before.
 
     Args:
-        model: a gated network, bare (not wrapped for several devices).
+        model: a gated network, not wrapped for several devices.
         images: (B, 3, H, W), normalised, on the model's device.
         labels: (B,) class indices.
-        criterion: a name of ``CRITERIA``.
+        criterion: a name in ``CRITERIA``.
         w_beta: weight of the beta term.
-        checkpoint_activations: keep only what lies between the network's ``checkpoint_blocks``, and
-            compute the rest again on the way back: less memory, the same scores.
-        generator: on the CPU, of the criterion ``random``; by default one with seed 0.
+        checkpoint_activations: recompute the activations inside ``checkpoint_blocks`` in the
+            backward pass: less memory, the same scores.
+        generator: CPU generator for the criterion ``random``; default: one with seed 0.
 
     Returns the scores (C,) by group name, on the CPU.
 
-    Raises ValueError for an unknown criterion, and with the group's name for scores that are not
-    finite.
+    Raises ValueError for an unknown criterion; InputError, with criterion and group, for scores
+    that are not finite.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     generator = generator or torch.Generator().manual_seed(0)
-    score, gradients_of = CRITERIA[criterion].score, CRITERIA[criterion].gradients
+    score, kind = CRITERIA[criterion].score, CRITERIA[criterion].gradients
     groups = model.channel_groups()
-    watched: dict[str, nn.Parameter] = {}
-    if gradients_of == "norms":
-        watched = {n: model.get_submodule(n).weight for group in groups for n in group.norms}
-    elif gradients_of == "gates":
-        watched = {n: model.get_submodule(n).gate for group in groups for n in group.gates}
-    gradients = _gradients(model, images, labels, watched, checkpoint_activations)
+    gradients: dict[str, Tensor] = {}
+    if kind is not None:
+        names = [name for group in groups for name in getattr(group, kind)]
+        parameter = "weight" if kind == "norms" else "gate"
+        watched = {name: getattr(model.get_submodule(name), parameter) for name in names}
+        gradients = _gradients(model, images, labels, watched, checkpoint_activations)
 
     saliency = {}
     for group in groups:
-        signals = _signals(model, group, gradients, generator)
-        saliency[group.name] = score(signals, w_beta).cpu()
-        if not torch.isfinite(saliency[group.name]).all():
-            raise ValueError(
-                f"the {criterion} saliency of channel group {group.name} is not finite"
+        scores = score(_signals(model, group, gradients, generator), w_beta).cpu()
+        if not torch.isfinite(scores).all():
+            raise InputError(
+                f"the {criterion} saliency of channel group {group.name} is not finite; take a "
+                "checkpoint from before training diverged, or another --criterion"
             )
+        saliency[group.name] = scores
     return saliency
 
 
@@ -222,9 +221,7 @@ def _gradients(
     watched: Mapping[str, nn.Parameter],
     checkpoint_activations: bool,
 ) -> dict[str, Tensor]:
-    """Of the cross-entropy with respect to some parameters, in train mode, each flattened."""
-    if not watched:
-        return {}
+    """Gradients of the cross-entropy by the ``watched`` parameters, in train mode, flattened."""
     blocks = model.checkpoint_blocks() if checkpoint_activations else []
     with unchanged(model), recomputed(blocks), torch.enable_grad():
         model.train()
@@ -243,12 +240,11 @@ def _signals(
 ) -> GroupSignals:
     norms = [model.get_submodule(name) for name in group.norms]
     gamma = torch.stack([norm.weight.detach() for norm in norms]).cpu()
-    gamma_grad, gate_grad = (
-        torch.stack([gradients[name] for name in names]).cpu()
-        if gradients.keys() >= set(names)
-        else None
-        for names in (group.norms, group.gates)
-    )
+
+    def gradients_of(names: tuple[str, ...]) -> Tensor | None:
+        found = [gradients[name] for name in names if name in gradients]
+        return torch.stack(found).cpu() if found else None
+
     filters = []
     for name in group.convs:
         weight = model.get_submodule(name).weight.detach()
@@ -258,26 +254,26 @@ def _signals(
         beta=torch.stack([norm.bias.detach() for norm in norms]).cpu(),
         filters=filters,
         random=torch.rand(gamma.shape[1], generator=generator),
-        gamma_grad=gamma_grad,
-        gate_grad=gate_grad,
+        gamma_grad=gradients_of(group.norms),
+        gate_grad=gradients_of(group.gates),
     )
 
 
 @contextmanager
 def recomputed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Let these modules forget their activations, and compute them again on the way back."""
+    """Inside this context, recompute the activations of these modules in the backward pass."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the instance's; the class's is there again
+            del block.forward  # makes the method of the class visible again
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a pass in train mode does: buffers, modes, ``requires_grad``, random state."""
+    """Undo what a pass in train mode changes: buffers, modes, ``requires_grad``, random state."""
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

@@ -1,49 +1,46 @@
-"""Cutting channels out of a network. Surgery only slices: the pruned network computes what the
-masked one does.
+"""Cut channels out of a network. Surgery only slices: the pruned network computes what the masked
+network computes.
 
-Two small functions do it all, dispatched on the type of the layer: ``keep_outputs`` and
-``keep_inputs``. A new layer type is a new registration of one or both.
+``keep_outputs`` and ``keep_inputs`` do the work, by the type of the layer. For a new type of layer,
+register one or both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # BatchNorm2d and SyncBatchNorm
 
-from models.gate import Gate, GatedModel
-from models.resnet_cifar import PadShortcut
-from models.selector import ChannelSelector
-from utils.pruning import PruningPlan, compose_kept
+from models import Gate, GatedModel
+from models.layers import ChannelSelector, PadShortcut
+from utils.pruning import PruningPlan
 
 
 def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
-    """Cut every channel that ``plan`` does not keep out of ``model``, in place, and return it.
+    """Cut every channel that ``plan`` does not keep out of ``model``, in place; return the model.
 
-    The result equals the network masked by ``plan.apply_mask``, up to float rounding. The plan
-    refers to the model as it is, so a pruned network can be pruned again; ``model.kept`` records
-    what is left of the unpruned one. What nobody reads any more goes too (``live_channels``); it
-    follows from the plan and is no part of it.
+    The result computes what the model computes under ``plan.apply_mask``, up to float rounding. The
+    indices of the plan refer to the model as it is now, so a pruned network can be pruned again.
+    ``model.kept`` is updated. Channels that no layer reads any more go too (``live_channels``).
 
-    Raises ValueError where the plan does not fit; the model is unchanged then.
+    Raises ValueError if the plan does not fit; the model is unchanged then.
     """
-    plan = plan.losses(model.group_widths())
+    plan = plan.shrinking(model.group_widths())
     for group in model.channel_groups():
-        if group.name in plan.keep:
-            keep = plan.keep[group.name]
+        if keep := plan.keep.get(group.name):
             _cut(model, dict.fromkeys(group.outputs, keep), dict.fromkeys(group.inputs, keep))
     _cut(model, *model.live_channels())
-    model.kept = compose_kept(model.kept, plan)
+    model.kept = PruningPlan(model.kept).then(plan).keep
     return model
 
 
 def _cut(
-    model: GatedModel, outputs: Mapping[str, list[int]], inputs: Mapping[str, list[int]]
+    model: GatedModel, outputs: Mapping[str, Sequence[int]], inputs: Mapping[str, Sequence[int]]
 ) -> None:
-    """Keep these outputs and these inputs of the layers so named."""
+    """Keep these outputs and these inputs, by layer name."""
     for name, keep in outputs.items():
         keep_outputs(model.get_submodule(name), torch.tensor(keep))
     for name, keep in inputs.items():
@@ -51,91 +48,81 @@ def _cut(
 
 
 def split_plan(model: GatedModel, plan: PruningPlan) -> list[PruningPlan]:
-    """The parts of ``plan`` that the network's ``pruning_stages`` cut, one after the other.
+    """The part of ``plan`` that each of the network's ``pruning_stages`` cuts, in order.
 
-    ``model`` is the network before the first. What loses nothing is in no part.
+    ``model`` is the network before the first cut. Stages that cut nothing are left out.
     """
-    losing = plan.losses(model.group_widths()).keep
-    parts = (
-        {name: losing[name] for name in stage if name in losing} for stage in model.pruning_stages()
-    )
-    return [PruningPlan(part) for part in parts if part]
+    shrinking = plan.shrinking(model.group_widths())
+    parts = [shrinking.only(stage) for stage in model.pruning_stages()]
+    return [part for part in parts if part.keep]
 
 
 @singledispatch
 def keep_outputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the output channels ``keep`` (C,), sorted, of a layer in place; the rest of it stays.
+    """Keep the output channels ``keep`` of a layer, in place. Its inputs stay.
 
-    ``keep`` is on the CPU wherever the layer is: the meta device would not hold its values.
+    ``keep`` (C,) holds sorted indices, on the CPU even if the layer is on another device: tensors
+    on the meta device have no values.
     """
     raise TypeError(f"surgery does not know how to cut the outputs of a {type(layer).__name__}")
 
 
 @singledispatch
 def keep_inputs(layer: nn.Module, keep: Tensor) -> None:
-    """Keep the input channels ``keep`` (C,), sorted, of a layer in place; see ``keep_outputs``."""
+    """Keep the input channels ``keep`` of a layer, in place; see ``keep_outputs``."""
     raise TypeError(f"surgery does not know how to cut the inputs of a {type(layer).__name__}")
 
 
-def _slice(layer: nn.Module, names: tuple[str, ...], dim: int, keep: Tensor) -> None:
-    """Slice parameters and buffers of a layer; what is None (a missing bias) stays None."""
+def _slice(layer: nn.Module, dim: int, keep: Tensor, *names: str) -> None:
+    """Slice parameters and buffers of a layer along ``dim``. A missing bias stays missing."""
     for name in names:
         tensor = getattr(layer, name)
         if tensor is None:
             continue
         sliced = tensor.detach().index_select(dim, keep.to(tensor.device))
-        setattr(
-            layer,
-            name,
-            nn.Parameter(sliced, tensor.requires_grad) if name in layer._parameters else sliced,
-        )
-
-
-def _is_depthwise(conv: nn.Conv2d) -> bool:
-    return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+        if name in layer._parameters:
+            sliced = nn.Parameter(sliced, tensor.requires_grad)
+        setattr(layer, name, sliced)
 
 
 @keep_outputs.register
 def _(conv: nn.Conv2d, keep: Tensor) -> None:
-    depthwise = _is_depthwise(conv)
-    if conv.groups > 1 and not depthwise:
-        raise ValueError(
-            f"surgery cannot cut a convolution of {conv.groups} groups that is not depthwise"
-        )
-    _slice(conv, ("weight", "bias"), 0, keep)
+    if conv.groups > 1:
+        if not conv.groups == conv.in_channels == conv.out_channels:
+            raise ValueError("surgery cannot cut a convolution with groups unless it is depthwise")
+        conv.in_channels = conv.groups = len(keep)  # depthwise: inputs go with their outputs
+    _slice(conv, 0, keep, "weight", "bias")
     conv.out_channels = len(keep)
-    if depthwise:
-        conv.in_channels = conv.groups = len(keep)
 
 
 @keep_inputs.register
 def _(conv: nn.Conv2d, keep: Tensor) -> None:
     if conv.groups > 1:
-        raise ValueError("surgery cuts a depthwise convolution once, as an output of its group")
-    _slice(conv, ("weight",), 1, keep)
+        raise ValueError("surgery cuts a depthwise convolution once: list it in a group's outputs")
+    _slice(conv, 1, keep, "weight")
     conv.in_channels = len(keep)
 
 
 @keep_outputs.register
 def _(norm: _BatchNorm, keep: Tensor) -> None:
-    _slice(norm, ("weight", "bias", "running_mean", "running_var"), 0, keep)
+    _slice(norm, 0, keep, "weight", "bias", "running_mean", "running_var")
     norm.num_features = len(keep)
 
 
 @keep_outputs.register
 def _(gate: Gate, keep: Tensor) -> None:
-    _slice(gate, ("gate",), 1, keep)
+    _slice(gate, 1, keep, "gate")
 
 
 @keep_outputs.register
 def _(linear: nn.Linear, keep: Tensor) -> None:
-    _slice(linear, ("weight", "bias"), 0, keep)
+    _slice(linear, 0, keep, "weight", "bias")
     linear.out_features = len(keep)
 
 
 @keep_inputs.register
 def _(linear: nn.Linear, keep: Tensor) -> None:
-    _slice(linear, ("weight",), 1, keep)
+    _slice(linear, 1, keep, "weight")
     linear.in_features = len(keep)
 
 
@@ -146,7 +133,7 @@ def _(shortcut: PadShortcut, keep: Tensor) -> None:
 
 @keep_inputs.register
 def _(shortcut: PadShortcut, keep: Tensor) -> None:
-    position = torch.full((shortcut.in_channels + 1,), -1)  # old channel -> new; the last is for -1
+    position = torch.full((shortcut.in_channels + 1,), -1)  # old -> new; source -1 reads the last
     position[keep] = torch.arange(len(keep))
     shortcut.source = position.to(shortcut.source.device)[shortcut.source]
     shortcut.in_channels = len(keep)
@@ -154,8 +141,7 @@ def _(shortcut: PadShortcut, keep: Tensor) -> None:
 
 @keep_outputs.register
 def _(selector: ChannelSelector, keep: Tensor) -> None:
-    chosen = [selector.channels[i] for i in keep.tolist()]
-    selector.choose(chosen, selector.in_channels)
+    selector.choose([selector.channels[i] for i in keep.tolist()], selector.in_channels)
 
 
 @keep_inputs.register

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from utils.batches import Batches
+from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches
 
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import exhaust, noise
-from utils.batches import Batches
 from utils.cli import count, count_or_zero
 from utils.data import CIFAR10_NORMALISATION, ImageSamples, ImageSet, Normalisation, list_images
 from utils.distributed import Runtime
-from utils.image_folders import IMAGENET_NORMALISATION, Crops, FolderBatches
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

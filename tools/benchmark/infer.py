@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from models import GatedModel
+from models.gate import deployable
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import add_workload_flags, fresh_model, image_size, noise_batch
 from tools.export import to_pt2
 from utils.checkpoint import load_checkpoint
 from utils.cli import count, ratio
 from utils.cost import model_cost
-from utils.deploy import deployable
 from utils.distributed import Runtime
 from utils.errors import InputError
 from utils.pruning import select_channels

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch.nn.functional as F
+from utils.acceleration import Acceleration
+from utils.batches import Batches
+from utils.tally import Tally
 
 from tools.benchmark.timing import Comparison, Contender, Stopwatch
 from tools.benchmark.workload import (
@@ -21,13 +24,10 @@ from tools.benchmark.workload import (
     noise_batches,
     without_gates,
 )
-from utils.acceleration import Acceleration
-from utils.batches import Batches
 from utils.cli import count
 from utils.distributed import Runtime, select_runtime
 from utils.finetune import Trainer
 from utils.recipes import CIFAR_BASELINE
-from utils.tally import Tally
 
 LAID_OUT = Acceleration(channels_last=True)
 MIXED = replace(LAID_OUT, amp="bf16")

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from utils.batches import Batches
+from utils.flags import IMAGENET_NETWORKS
 
 from models import NETWORKS, Gate, GatedModel, build_model
-from utils.batches import Batches
 from utils.cli import count, network
 from utils.cost import model_cost
 from utils.data import CIFAR10_NORMALISATION, ImageSet
 from utils.distributed import Runtime
-from utils.flags import IMAGENET_NETWORKS
 
 
 def add_workload_flags(parser: argparse.ArgumentParser, batch: int, net: str) -> None:
