@@ -149,9 +149,9 @@ def test_norms_that_ranks_share_are_scored_by_one_alone():
     model = random_model("gateresnet20")
     before = copy.deepcopy(model.state_dict())
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    Runtime(torch.device("cpu")).unsynced(model)
+    Runtime(torch.device("cpu")).undo_sync_bn(model)
     assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    Runtime(torch.device("cpu"), sync_bn=True).unsynced(model)
+    Runtime(torch.device("cpu"), sync_bn=True).undo_sync_bn(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert {type(norm) for norm in norms} == {nn.BatchNorm2d} and len(norms) == 19
     assert all(norm.weight.requires_grad and norm.training for norm in norms)

@@ -18,7 +18,7 @@ from utils.metrics import Metrics
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
     """A file, or ``model_best.pth`` in ``place/folder`` or in ``place``; in float32 on the CPU."""
     place = Path(place)
-    if place.is_file() or (place.suffix and not place.is_dir()):
+    if os.path.isfile(place) or (place.suffix and not os.path.isdir(place)):
         path = place
     else:
         choices = [place / folder / "model_best.pth", place / "model_best.pth"]
