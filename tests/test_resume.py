@@ -318,6 +318,15 @@ def test_ranks_continue_what_rank_0_chooses(trained, monkeypatch):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_a_run_that_an_earlier_version_began_is_refused(trained):
+    last = load_checkpoint(trained / "last.pth")
+    earlier = {"stage": 1, "history": [], "story": {}, "epoch": 1, "batch": 0}
+    save_checkpoint(trained / "last.pth", last.model, **{**last.meta, "training": earlier})
+    (trained / "result.json").unlink()
+    with pytest.raises(InputError, match="an earlier version began this run.*--overwrite"):
+        run_train("--resume")
+
+
 def test_random_streams_come_back():
     state = random_state()
     drawn = torch.rand(3), np.random.rand(3), __import__("random").random()
