@@ -24,8 +24,7 @@ from torch import Tensor, nn
 import gfbs_cifar
 from models.gate import GatedModel, folded_gates
 from models.resnet_cifar import PadShortcut
-from utils import experiment
-from utils.cli import run_script
+from utils.cli.parser import run_script
 from utils.saliency import CRITERIA, Criterion
 from utils.surgery import keep_inputs, keep_outputs
 
@@ -99,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    experiment.channel_saliency = torch_pruning_saliency
+    gfbs_cifar.channel_saliency = torch_pruning_saliency
     return gfbs_cifar.main(args)
 
 

@@ -19,10 +19,9 @@ from conftest import random_batch, random_model, relative_difference, settle
 
 from experiments.torch_pruning_taylor import dependency_graph, torch_pruning_saliency
 from models.gate import folded_gates
-from utils import flags
-from utils.budget import select_within
+from utils.cli import settings
 from utils.cost import model_cost
-from utils.pruning import Ranking
+from utils.selection import Goal, select
 from utils.surgery import prune
 
 ROOT = Path(__file__).parents[1]
@@ -97,8 +96,8 @@ def test_commands_are_accepted_and_have_folders_of_their_own(name, stub):
             continue
         assert threads == ("2" if name == "imagenet" else "1")
         assert args.epochs == 2 and args.resume
-        run = flags.run_name(args) if hasattr(args, "criterion") else ""
-        folder = args.output, flags.network_folder(args), run
+        run = settings.run_name(args) if hasattr(args, "criterion") else ""
+        folder = args.output, settings.network_folder(args), run
         assert folder not in folders, argv
         folders.add(folder)
         if script != "gfbs_imagenet" and args.dataset != "cifar100":
@@ -184,8 +183,8 @@ def test_torch_pruning_cuts_the_same_network_by_its_own_importance(net):
     before = copy.deepcopy(model.state_dict())
     saliency = torch_pruning_saliency(model, images, labels)
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
-    ranking, whole = Ranking(model.channel_groups(), saliency), model_cost(model, 32).macs
-    plan = select_within(model, ranking, 32, "macs", whole / 2)
+    whole = model_cost(model, 32).macs
+    plan = select(model, saliency, Goal("macs", 0.5), 32, {"macs": whole})
 
     theirs = copy.deepcopy(model).eval()
     graph = dependency_graph(theirs, images)

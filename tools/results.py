@@ -23,7 +23,7 @@ from typing import Any
 
 from tools.rows import Row, make_rows, shared, words
 from tools.trials import Trial, csv_text, find_files, merge, natural, read_csv, read_result
-from utils.cli import Parser, run_script
+from utils.cli.parser import Parser, run_script
 from utils.errors import InputError
 from utils.files import write_atomically
 

@@ -15,8 +15,8 @@ from typing import Any
 import gfbs_cifar
 import gfbs_imagenet
 import train
+from utils.cli.settings import configuration
 from utils.errors import InputError
-from utils.flags import configuration
 from utils.saliency import CRITERIA
 
 # A run: the text of each cell by column; "" for None, a switch that is off, and what is unknown.
