@@ -46,7 +46,8 @@ def make_result(folder, *, seed=1, criterion="gfbs", p=0.5, method="one shot", *
                 **changes.pop("accuracy", {})}  # fmt: skip
     result = {
         "net": config["net"], "dataset": config["dataset"], "criterion": criterion,
-        "method": method, "baseline": {"config": None if told is None else {**baseline, **told}},
+        "method": method, "seed": seed,
+        "baseline": {"config": None if told is None else {**baseline, **told}},
         "accuracy": accuracy, "top5": {"last": 99.5},
         "cost": {
             "macs": {"before": 40_000_000, "after": round(40_000_000 * smaller)},
@@ -188,13 +189,13 @@ def test_a_value_equals_itself_and_a_missing_one_the_default(tmp_path, flag, val
             path.write_text(json.dumps(result))
     tool(tmp_path, csv=tmp_path / "t.csv")
     for source in (trials(tmp_path), trials(tmp_path / "t.csv")):
-        assert len(results.make_rows(source)) == experiments
+        assert len(results.make_rows(source)[0]) == experiments
 
 
 def test_baselines_that_do_not_tell_how_they_were_trained_are_told_apart_by_weights(tmp_path):
     for name, weights, seed in (("a", "v1", 1), ("b", "v1", 2), ("c", "v2", 1)):
         make_result(tmp_path / name, seed=seed, config={"baseline": weights}, baseline=None)
-    rows = results.make_rows(trials(tmp_path))
+    rows = results.make_rows(trials(tmp_path))[0]
     assert {row.also: len(row.runs) for row in rows} == {"baseline v1": 2, "baseline v2": 1}
 
 
@@ -225,8 +226,8 @@ def test_rows_are_in_order_of_criteria_and_sizes(tmp_path):
     keys = [(criterion, size) for criterion in CRITERIA for size in (0.3, 0.5, 0.7)]
     for i, (criterion, p) in enumerate(random.Random(0).sample(keys, len(keys))):
         make_result(tmp_path / f"{i}", criterion=criterion, p=p)
-    rows = results.make_rows(trials(tmp_path))
-    assert [(row["criterion"], float(row["asked"])) for row in rows] == keys
+    rows = results.make_rows(trials(tmp_path))[0]
+    assert [(row.text("criterion"), float(row.text("asked"))) for row in rows] == keys
 
 
 def test_what_was_asked_for(tmp_path, capsys):
@@ -382,7 +383,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r: "not JSON", "cannot be read as JSON"),
+        (lambda r: "not JSON", "no result of a pruning script"),
         (lambda r: {}, "no result of a pruning script"),
         (lambda r: {**r, "config": None}, "no result of a pruning script"),
         (lambda r: {**r, "channels": [1]}, "no result of a pruning script"),
@@ -405,7 +406,7 @@ def test_a_result_that_is_none_of_ours_is_named(tmp_path, change, message):
     "change, message",
     [
         (lambda text: text.replace("criterion", "network"), "no column criterion"),
-        (lambda text: text + "short,row\n", "row 3: 2 cells"),
+        (lambda text: text + "short,row\n", "row 3: not as many cells"),
         (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
         (lambda text: text.encode("utf-16").decode("latin-1"), "t.csv: "),
     ],
