@@ -25,7 +25,6 @@ COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0
 MARKERS = "osD^vPX*"
 HEIGHTS = {"fine_tuned": 5, "recalibrated": 3, "after_surgery": 3}  # from top to bottom
 KEPT = {"macs": "MACs kept, %", "params": "parameters kept, %"}
-WIDTH = 12  # inches
 RC = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False,
@@ -55,8 +54,9 @@ def draw(trials: Sequence[Trial]) -> Figure:
     common += [words(*s) for s in same.items() if s not in defaults(trials[0]).items()]
     common += ["bars: standard deviation over seeds"] * any(len(row.runs) > 1 for row in rows)
     heights = [1.8 + 0.33 * sum(map(HEIGHTS.get, measured(curves)))
-               + 0.1 * "\n".join([*curves, ""]).count("\n") for curves in panels.values()]  # fmt: skip
-    figure = Figure(figsize=(WIDTH, 0.4 + sum(heights)), layout="constrained")
+               + 0.1 * len("\n".join(curves).split("\n"))
+               for curves in panels.values()]  # fmt: skip
+    figure = Figure(figsize=(12, 0.4 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(textwrap.fill(", ".join(common), 140), x=0.01, ha="left", fontsize=9)
     strips = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)
@@ -105,8 +105,9 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
                 found = [row.percent for row in curve if {of, name} <= row.percent.keys()]
                 points = sorted((p[of].mean, p[name].mean, p[name].deviation or 0) for p in found)
                 x, y, bars = zip(*points, strict=True) if points else ((), (), ())
-                bars = bars if any(bars) else None
-                place.errorbar(x, y, yerr=bars, capsize=2, elinewidth=0.9, **style)
+                place.errorbar(
+                    x, y, bars if any(bars) else None, capsize=2, elinewidth=0.9, **style
+                )
             # A line for chance far below all points would flatten the curves.
             if chance and (name == shown[-1] or lowest - chance < 30):
                 place.axhline(chance, zorder=1, **CHANCE)
@@ -119,7 +120,7 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     handles += [Line2D([], [], **BASELINE)] * bool(baselines)
     handles += [Line2D([], [], **CHANCE)] * bool(chance)
     longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
-    columns = max(1, min(len(handles), int(WIDTH / (0.6 + 0.075 * longest))))  # inches a letter
+    columns = max(1, min(len(handles), int(12 / (0.6 + 0.075 * longest))))  # in inches
     strip.legend(handles=handles, loc="outside lower left", frameon=False, ncols=columns)
 
 
@@ -151,8 +152,8 @@ def _draw_channels(axes: Any, curves: Curves, styles: list[dict[str, Any]]) -> N
             axes.plot(*zip(*points, strict=True), **style) if points else None
     every = -(-len(names) // 26) or 1  # as many names fit below the axis
     labels = short_names(names)
-    long = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-    turned = long if max(map(len, labels), default=0) > 3 else {}
+    long = max(map(len, labels), default=0) > 3
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(range(0, len(labels), every), labels[::every], **turned)
     axes.set(ylim=(0, 103), ylabel="channels kept, %", xlabel="channel group, from input to output")
     axes.set_title(f"channels kept per layer, {asked}", loc="left")

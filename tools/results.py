@@ -5,11 +5,10 @@
     python -m tools.results results/criteria.csv --plot criteria.svg
     make tables                                                      docs/results.md
 
-Inputs are CSV tables, and folders with result.json files anywhere below. --csv adds to a table that
-is there: a run replaces the same run (configuration, seeds, weights of the baseline). Runs that
-differ in nothing but their seeds are printed as mean ± sample standard deviation. --page writes a
-section per table of a folder, with its plot beside; NAME.md, where there is one, has the title of
-NAME.csv in its first line, and then a remark.
+Inputs are CSV tables, and folders with result.json files anywhere below. --csv keeps the rows of a
+table that is there, and replaces those of the same configuration, seeds and baseline. Runs that
+differ in their seeds alone are printed as mean ± sample standard deviation. --page has a section
+per table; NAME.md, where there is one, has the title of NAME.csv in line 1, and then a remark.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from utils.files import write_atomically
 
 ENDINGS = (".png", ".pdf", ".svg")
 WIDTH = 160  # of a table
-HOLDOUT = "†"  # marks accuracies of the epoch that a holdout chose
+HOLDOUT = "† "  # marks accuracies of the epoch that a holdout chose
 TEXTS = {"network": "net", "data": "dataset", "criterion": "criterion", "method": "method"}
 NUMBERS = {"MACs kept": "macs", "params kept": "params", "baseline": "baseline",
            "after surgery": "after_surgery", "recalibrated": "recalibrated",
            "fine-tuned": "fine_tuned"}  # fmt: skip
 NO_ROWS = "No rows are there yet."
-Tables = dict[Path | None, list[Trial]]  # by file; None for what folders hold
+Tables = dict[Path, list[Trial]]  # by file, or a heading
 Columns = dict[str, list[str]]
 
 
@@ -43,16 +42,16 @@ def markdown(trials: Sequence[Trial]) -> str:
     rows, same = make_rows(trials)
     every = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
     every |= {"asked": [r.asked for r in rows], "settings": [r.also or "-" for r in rows]}
-    cells = {title: texts for title, texts in every.items() if len({*texts}) > 1}
-    common = [f"{title} {texts[0]}" for title, texts in every.items()
-              if title not in cells and texts[0] not in ("", "-")]  # fmt: skip
+    alike = {title: texts[0] for title, texts in every.items() if len({*texts}) == 1}
+    common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")]
     common += [words(*setting) for setting in same.items()]
-    right = {title: [str(row.percent.get(name, "-")) for row in rows]
-             for title, name in NUMBERS.items()}  # fmt: skip
-    held = [row.text("chosen_on") == "holdout" for row in rows]
-    right["fine-tuned"] = [f"{HOLDOUT} " * (h and text != "-") + text
-                           for h, text in zip(held, right["fine-tuned"], strict=True)]  # fmt: skip
+    cells = {title: texts for title, texts in every.items() if title not in alike}
+    right = {title: [str(r.percent.get(of, "-")) for r in rows] for title, of in NUMBERS.items()}
     right = {title: texts for title, texts in right.items() if {*texts} != {"-"}}
+    held = [row.text("chosen_on") == "holdout" and "fine_tuned" in row.percent for row in rows]
+    if any(held):
+        tuned = right["fine-tuned"]
+        right["fine-tuned"] = [HOLDOUT * h + text for h, text in zip(held, tuned, strict=True)]
     right["seeds"] = [str(len(row.runs)) for row in rows]
     left, notes = cells, []
     # Where the table is too wide, notes below it have the settings, or all of its left part.
@@ -62,7 +61,7 @@ def markdown(trials: Sequence[Trial]) -> str:
             notes = list(dict.fromkeys(texts))
             left = {name: cells[name] for name in cells if name not in fold}
             left[title] = [f"({notes.index(text) + 1})" for text in texts]
-    marked = f"; with {HOLDOUT}, the one chosen on the holdout" * any(held)
+    marked = f"; with {HOLDOUT.strip()}, the one chosen on the holdout" * any(held)
     return "\n".join([
         textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), "",
         *_table(left, right), "",
@@ -95,34 +94,31 @@ def page(tables: Tables) -> str:
              " [results/](../results/README.md)."]  # fmt: skip
     for path, trials in tables.items():
         title, remark = heading(path)
-        parts += [f"## {title}", *[remark] * bool(remark)]
-        if trials:
-            runs = f"- {len(trials)} runs: [{path.name}](../results/{path.name})"
-            parts += [facts(trials) + runs, markdown(trials), f"![{title}]({path.stem}.svg)"]
-        else:
-            parts.append(NO_ROWS)
+        runs = f"- {len(trials)} runs: [{path.name}](../results/{path.name})"
+        parts += filter(None, [f"## {title}", remark])
+        parts += [facts(trials) + runs, markdown(trials)] if trials else [NO_ROWS]
+        parts += [f"![{title}]({path.stem}.svg)"] * bool(trials)
     return "\n\n".join(parts if tables else [*parts, NO_ROWS]) + "\n"
 
 
-def heading(path: Path | None) -> tuple[str, str]:
+def heading(path: Path) -> tuple[str, str]:
     """Title and remark of a table, from the .md file beside it; else its name."""
-    side = path and path.with_suffix(".md")
-    if not side or not side.is_file():
-        return (path.stem.replace("_", " ") if path else "Folders"), ""
-    title, _, remark = side.read_text(encoding="utf-8").partition("\n")
+    side = path.with_suffix(".md")
+    text = side.read_text(encoding="utf-8") if side.is_file() else path.stem.replace("_", " ")
+    title, _, remark = text.partition("\n")
     return title.lstrip("# "), remark.strip()
 
 
 def facts(trials: Sequence[Trial]) -> str:
     """Where the numbers come from, as a list."""
 
-    def values(name: str, none: str = "not recorded") -> str:
-        return _plain(", ".join(sorted({t.get(name) or none for t in trials}, key=natural)))
+    def values(name: str, none: str = "not recorded", of: Sequence[Trial] = trials) -> str:
+        return _plain(", ".join(sorted({t.get(name) or none for t in of}, key=natural)))
 
     numbers = sorted(float(t["top1_baseline"]) for t in trials if t.get("top1_baseline"))
     ends = dict.fromkeys(f"{number:.2f} %" for number in numbers[:1] + numbers[-1:])
-    told = any(trial.get("baseline_epochs") for trial in trials)
-    how = f", trained for {values('baseline_epochs')} epochs" * told
+    told = [trial for trial in trials if trial.get("baseline_epochs")]
+    how = f", trained for {values('baseline_epochs', of=told)} epochs" * bool(told)
     return (
         f"- Data: {values('dataset')}; classes {values('classes')}; images of"
         f" {values('image_size')} pixels; fingerprint {values('data')}\n"
@@ -152,38 +148,40 @@ def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
     if (args.plot or args.page) and not find_spec("matplotlib"):  # before anything is written
         raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
+    paths = [Path(name) for name in args.inputs if name.endswith(".csv")]
     folders = [Path(name) for name in args.inputs if not name.endswith(".csv")]
+    results = []
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name one of results, or a .csv file")
-    paths = [Path(name) for name in args.inputs if name.endswith(".csv")]
-    if args.page:
-        paths += [path for folder in folders for path in folder.glob("*.csv")]
+        if args.page:
+            paths += folder.glob("*.csv")
+        else:
+            results += map(read_result, sorted(folder.rglob("result.json")))
     tables: Tables = {path: merge([], read_csv(path)) for path in sorted(paths)}
     if args.page:
         for path in filter(tables.get, tables):
             _draw(tables[path], Path(args.page).with_name(f"{path.stem}.svg"), "--page")
         _write(Path(args.page), "--page", page(tables).encode())
         return tables
-    files = [path for folder in folders for path in sorted(folder.rglob("result.json"))]
-    results = [read_result(path) for path in files]
     if results:
-        tables[None] = merge([], filter(None, results))
+        tables[Path("Folders")] = merge([], filter(None, results))
     trials = sum(tables.values(), [])
     if not trials:
         unpruned = f", but {len(results)} of unpruned networks" * bool(results)
         raise InputError(f"no pruning run in {', '.join(args.inputs)}{unpruned}")
     if args.csv:
         path = Path(args.csv)
-        tables = {path: merge(read_csv(path) if path.exists() else [], trials)}
-        _write(path, "--csv", csv_text(tables[path]).encode())
+        trials = merge(read_csv(path) if path.exists() else [], trials)
+        tables = {path: trials}
+        _write(path, "--csv", csv_text(trials).encode())
     for path, of in tables.items():
         print(f"## {heading(path)[0]}\n\n" * (len(tables) > 1), end="")
         print(markdown(of) if of else NO_ROWS)
     if None in results:
         print(f"Left out: {results.count(None)} result.json of unpruned networks.")
     if args.plot:
-        _draw(merge([], sum(tables.values(), [])), Path(args.plot), "--plot")
+        _draw(merge([], trials), Path(args.plot), "--plot")
     return tables
 
 

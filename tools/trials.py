@@ -53,19 +53,16 @@ def cell(value: Any) -> str:
 
 
 def read_result(path: Path) -> Trial | None:
-    """A result.json as a row; None for one of train.py, which prunes nothing.
+    """A result.json; None for one of train.py, which prunes nothing.
 
-    What an earlier version did not write leaves its cell empty. Raises InputError for a file that
-    no script of this project wrote.
+    What an earlier version did not write leaves its cell empty.
     """
     try:
         run = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
         trial = _trial(run) if "criterion" in run.config else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{cell(path)}: no result of a pruning script ({cell(repr(error))}); remove it, or run"
-            " the script again with --overwrite"
-        ) from error
+        told = cell(f"{path}: no result of a pruning script ({error!r})")
+        raise InputError(f"{told}; remove it, or run the script again with --overwrite") from error
     return trial and _checked(trial, cell(path))
 
 
@@ -105,12 +102,13 @@ def _checked(trial: Trial, place: str) -> Trial:
 
 def defaults(trial: Trial) -> Trial:
     """The settings of the scripts that made this run and its baseline, where no flag is given."""
-    found = _defaults(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar)
+    scripts = [(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar, "", set())]
     if trial.get("baseline_epochs"):
-        of = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
-        own = _defaults(of if trial.get("baseline_criterion") else train).items()
-        found = found | {f"baseline_{name}": text for name, text in own if name not in COMMON}
-    return found
+        pruned = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
+        of = pruned if trial.get("baseline_criterion") else train
+        scripts.append((of, "baseline_", COMMON))
+    return {f"{start}{name}": text for script, start, without in scripts
+            for name, text in _defaults(script).items() if name not in without}  # fmt: skip
 
 
 @cache
@@ -127,9 +125,8 @@ def read_csv(path: Path) -> list[Trial]:
             lines, names = list(table), table.fieldnames or []
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from error
-    missing = [name for name in WHAT if name not in names]
-    if names and missing:
-        raise InputError(f"{path}: no table of runs: it has no column {', '.join(missing)}")
+    if names and (missing := {*WHAT} - {*names}):
+        raise InputError(f"{path}: no table of runs: it has no column {', '.join(sorted(missing))}")
     trials = []
     for number, line in enumerate(lines, 2):
         if None in line or None in line.values():
@@ -152,8 +149,8 @@ def csv_text(trials: Sequence[Trial]) -> str:
 
 def _guarded(text: str) -> str:
     """Keep a spreadsheet from taking the text for a formula; ``read_csv`` undoes it."""
-    number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
-    return f"'{text}" if text.startswith(("'", "=", "+", "-", "@")) and not number else text
+    formula = re.match(r"['=@]|[+-](?![\d.]+(e[+-]?\d+)?$)", text)
+    return f"'{text}" if formula else text
 
 
 def settings(trial: Trial) -> frozenset[tuple[str, str]]:
@@ -163,12 +160,11 @@ def settings(trial: Trial) -> frozenset[tuple[str, str]]:
 
 
 def is_seed(name: str, trial: Trial) -> bool:
-    """Whether runs that differ in this setting are repetitions of one experiment.
-
-    The baseline's weights are a setting where nothing else says how it was trained.
+    """Whether runs that differ in this setting repeat one experiment, as with other weights of a
+    baseline whose settings are known.
     """
-    told = trial.get("baseline_epochs") and name == "baseline"
-    return bool(told) or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
+    known = bool(trial.get("baseline_epochs")) and name == "baseline"
+    return known or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
 
 
 def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
@@ -180,10 +176,8 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
     for trial in new:
         other = found.setdefault(settings(trial), trial)
         if any(other.get(name) != trial.get(name) for name in OUTCOME):
-            raise InputError(
-                f"{other[PLACE]} and {trial[PLACE]} are the same experiment with the same seeds,"
-                " but not the same results; leave one of them out"
-            )
+            same = f"{other[PLACE]} and {trial[PLACE]} are the same experiment with the same seeds"
+            raise InputError(f"{same}, but not the same results; leave one of them out")
     merged = {settings(trial): trial for trial in kept} | found
     names = ["seed", "score_seed", *sorted({name for key in merged for name, _ in key} - {*WHAT})]
 
@@ -212,6 +206,10 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
 
@@ -219,11 +217,8 @@ class Spread(NamedTuple):
 class Row(NamedTuple):
     """An experiment: runs that differ in nothing but their seeds.
 
-    Attributes:
-        runs: one per seed.
-        also: in words, the settings without a column in which rows differ.
-        percent: accuracies by name, and the shares that ``macs``, ``params`` and every channel
-            group keep; without those that a run lacks.
+    ``also`` says in words the settings without a column in which rows differ; ``percent`` has
+    accuracies by name, and the shares that ``macs``, ``params`` and every channel group keep.
     """
 
     runs: list[Trial]
@@ -254,20 +249,17 @@ def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
         also = ", ".join(words(*s) for s in sorted(key - same) if s[0] not in COLUMNS)
         found = [_percent(run) for run in runs]
         numbers = {n: [f[n] for f in found] for n in found[0] if all(n in f for f in found)}
-        percent = {n: Spread(statistics.mean(v), statistics.stdev(v) if len(v) > 1 else None)
-                   for n, v in numbers.items()}  # fmt: skip
-        rows.append(Row(runs, also, percent))
+        rows.append(Row(runs, also, {name: Spread.of(of) for name, of in numbers.items()}))
     return rows, {name: text for name, text in sorted(same) if name not in COLUMNS}
 
 
 def _percent(run: Trial) -> dict[str, float]:
     """Fine-tuned: after the last epoch, or the epoch that a holdout chose."""
-    last = "best" if run.get("chosen_on") == "holdout" else "last"
-    top1 = {name: run.get(f"top1_{last if name == 'fine_tuned' else name}") for name in SHOWN}
+    tuned = "best" if run.get("chosen_on") == "holdout" else "last"
+    top1 = {name: run.get(f"top1_{tuned if name == 'fine_tuned' else name}") for name in SHOWN}
     sizes = [(of, run.get(f"{of}_after"), run.get(f"{of}_before")) for of in COSTS]
     sizes += WIDTHS.findall(run.get("channels", ""))
-    kept = {name: 100 * float(after) / float(before) for name, after, before in sizes
-            if after and before}  # fmt: skip
+    kept = {name: 100 * float(now) / float(before) for name, now, before in sizes if now and before}
     return kept | {name: float(text) for name, text in top1.items() if text}
 
 
