@@ -35,39 +35,36 @@ def make_result(folder, *, seed=1, criterion="gfbs", p=0.5, method="one shot", *
     draw = random.Random(f"{seed} {criterion} {p} {method} {changes}")
     smaller = (1 - p) * draw.uniform(0.9, 1)
     config = {"net": "gateresnet20", "dataset": "cifar10", "criterion": criterion, "p": p,
-              "macs": None, "params": None, "w_beta": 0.05, "epochs": 3, "score_images": 200,
-              "classes": "10 (0123abcd)", "amp": None, "cosine": False, "seed": seed,
-              "score_seed": None, "baseline": f"digest{seed}",
-              **changes.pop("config", {})}  # fmt: skip
-    baseline = {"net": "gateresnet20", "epochs": 10, "seed": seed, "baseline": None}
+              "w_beta": 0.05, "epochs": 3, "score_images": 200, "classes": "10 (0123abcd)",
+              "seed": seed, "baseline": f"digest{seed}", **changes.pop("config", {})}  # fmt: skip
     told = changes.pop("baseline", {})
+    baseline = None if told is None else {"epochs": 10, "seed": seed, **told}
     accuracy = {"baseline": 90 + draw.random(), "after_surgery": 20 + draw.random(),
                 "last": 88 + draw.random(), "best": 89 + draw.random(), "best_epoch": 2,
                 **changes.pop("accuracy", {})}  # fmt: skip
     result = {
-        "net": config["net"], "dataset": config["dataset"], "criterion": criterion,
-        "method": method, "seed": seed,
-        "baseline": {"config": None if told is None else {**baseline, **told}},
+        "net": config["net"], "dataset": config["dataset"], "seed": seed, "criterion": criterion,
+        "method": method, "baseline": {"config": baseline}, "config": config,
         "accuracy": accuracy, "top5": {"last": 99.5},
-        "cost": {
-            "macs": {"before": 40_000_000, "after": round(40_000_000 * smaller)},
-            "params": {"before": 270_000, "after": round(270_000 * smaller**2)},
-        },
+        "cost": {"macs": {"before": 40_000_000, "after": round(40_000_000 * smaller)},
+                 "params": {"before": 270_000, "after": round(270_000 * smaller**2)}},
         "channels": {n: {"before": w, "after": round(w * smaller)} for n, w in WIDTHS.items()},
-        "config": config, "history": [{"images_per_second": 100}, {"images_per_second": 200}],
+        "history": [{"images_per_second": speed, "round": 0} for speed in (100, 200)],
         "versions": {"torch": "2.0", "commit": "abc1234"}, "wall_time_seconds": draw.random(),
         **changes,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result))
+    write(folder, result)
     return result
 
 
+def write(folder, result):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(result if isinstance(result, str) else json.dumps(result))
+
+
 def tool(*inputs, **flags):
-    argv = [str(place) for place in inputs]
-    for flag, value in flags.items():
-        argv += [f"--{flag}", str(value)]
-    return results.main(results.parse_args(argv))
+    argv = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    return results.main(results.parse_args([str(word) for word in (*inputs, *argv)]))
 
 
 def trials(*inputs):
@@ -93,11 +90,9 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path, capsys):
     made = [make_result(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
     tool(tmp_path)
     (row,) = printed(capsys.readouterr().out)
-    expected = {
-        title: [result["accuracy"][name] for result in made]
-        for title, name in (("baseline", "baseline"), ("after surgery", "after_surgery"),
-                            ("fine-tuned", "last"))
-    }  # fmt: skip
+    expected = {title: [result["accuracy"][name] for result in made]
+                for title, name in (("baseline", "baseline"), ("after surgery", "after_surgery"),
+                                    ("fine-tuned", "last"))}  # fmt: skip
     for title, name in (("MACs kept", "macs"), ("params kept", "params")):
         costs = [result["cost"][name] for result in made]
         expected[title] = [100 * cost["after"] / cost["before"] for cost in costs]
@@ -168,25 +163,23 @@ def test_only_seeds_are_averaged_and_the_rest_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag, values, experiments",
+    "flag, values, experiments",  # None: a configuration that lacks the flag
     [
-        ("w_beta", [0.05, ...], 1),  # its default
-        ("w_beta", [0, ..., None], 3),
-        ("recalibrate", [0, ..., 0.0], 1),  # its default is 0
-        ("recalibrate", [0, None], 2),
-        ("weight_decay", [0, ...], 2),  # its default is none
-        ("cosine", [False, ..., None], 1),
+        ("w_beta", [0.05, None], 1),  # its default
+        ("w_beta", [0, None], 2),
+        ("recalibrate", [0, None, 0.0], 1),  # its default is 0
+        ("weight_decay", [0, None], 2),  # its default is none
+        ("cosine", [False, None], 1),
         ("cosine", [False, True], 2),
         ("lr", [0.1, 0.10, 0.2], 2),
     ],
 )
 def test_a_value_equals_itself_and_a_missing_one_the_default(tmp_path, flag, values, experiments):
     for seed, value in enumerate(values):
-        path = tmp_path / f"{seed}" / "result.json"
-        result = make_result(path.parent, seed=seed, config={flag: value if value != ... else 0})
-        if value is ...:
+        result = make_result(tmp_path / f"{seed}", seed=seed, config={flag: value})
+        if value is None:
             del result["config"][flag]
-            path.write_text(json.dumps(result))
+            write(tmp_path / f"{seed}", result)
     tool(tmp_path, csv=tmp_path / "t.csv")
     for source in (trials(tmp_path), trials(tmp_path / "t.csv")):
         assert len(results.make_rows(source)[0]) == experiments
@@ -200,10 +193,7 @@ def test_baselines_that_do_not_tell_how_they_were_trained_are_told_apart_by_weig
 
 
 def test_a_copied_folder_counts_once_and_a_contradiction_is_refused(tmp_path):
-    make_result(tmp_path / "a")
-    make_result(tmp_path / "copy")
-    path = tmp_path / "copy" / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "wall_time_seconds": 7}))
+    write(tmp_path / "copy", {**make_result(tmp_path / "a"), "wall_time_seconds": 7})
     assert len(trials(tmp_path, tmp_path / "a")) == 1
     make_result(tmp_path / "other", accuracy={"last": 1.0})
     with pytest.raises(InputError, match=r"a.result\.json .*other.result\.json"):
@@ -363,17 +353,12 @@ def test_names_of_layers_are_short_and_stay_different():
     assert short_names(names) == ["g1", "1.0.g1", "1.0.g2"]
 
 
-def test_the_plot_is_a_file_of_its_kind(tmp_path):
+def test_the_plot_is_a_file_of_its_kind_and_needs_matplotlib(tmp_path, monkeypatch):
     make_result(tmp_path)
     for ending, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         tool(tmp_path, plot=tmp_path / f"plot.{ending}")
         assert (tmp_path / f"plot.{ending}").read_bytes().startswith(start)
-
-
-def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch):
-    make_result(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "tools.plots")
     tool(tmp_path)
     with pytest.raises(InputError, match="matplotlib.*pip install -r requirements-dev.txt"):
         tool(tmp_path, plot=tmp_path / "plot.png", csv=tmp_path / "table.csv")
@@ -384,7 +369,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
     "change, message",
     [
         (lambda r: "not JSON", "no result of a pruning script"),
-        (lambda r: {}, "no result of a pruning script"),
+        (lambda r: {}, "no result of a pruning script (KeyError('net'))"),
         (lambda r: {**r, "config": None}, "no result of a pruning script"),
         (lambda r: {**r, "channels": [1]}, "no result of a pruning script"),
         (lambda r: {**r, "config": {**r["config"], "macs": 0.5}}, "no result of a pruning script"),
@@ -394,19 +379,20 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
     ],
 )
 def test_a_result_that_is_none_of_ours_is_named(tmp_path, change, message):
-    changed = change(make_result(tmp_path / "a"))
-    path = tmp_path / "a" / "result.json"
-    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    write(tmp_path / "a", change(make_result(tmp_path / "a")))
     with pytest.raises(InputError) as error:
         tool(tmp_path)
-    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'a' / 'result.json'}: ")
+    assert message in str(error.value)
+    if "no result" in message:
+        assert "remove it, or run the script again with --overwrite" in str(error.value)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda text: text.replace("criterion", "network"), "no column criterion"),
-        (lambda text: text + "short,row\n", "row 3: not as many cells"),
+        (lambda text: text + "short,row\n", "row 3: not as many cells as columns"),
         (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
         (lambda text: text.encode("utf-16").decode("latin-1"), "t.csv: "),
     ],
@@ -422,18 +408,11 @@ def test_a_table_that_is_none_of_ours_is_named(tmp_path, change, message):
 
 
 def test_a_result_of_an_earlier_version_leaves_cells_empty(tmp_path, capsys):
-    made = make_result(tmp_path)
-    for name in (
-        "history",
-        "versions",
-        "top5",
-        "wall_time_seconds",
-        "channels",
-        "cost",
-        "baseline",
-    ):
-        del made[name]
-    (tmp_path / "result.json").write_text(json.dumps(made))
+    made = make_result(tmp_path, history=[{"stage": 0, "images_per_second": 300}])
+    assert trials(tmp_path)[0]["images_per_second"] == "300"
+    needed = ("net", "dataset", "seed", "criterion", "method", "accuracy", "config")
+    write(tmp_path, {name: made[name] for name in needed})
+    capsys.readouterr()
     (row,) = trials(tmp_path)
     assert not any(row.get(name) for name in (*CIRCUMSTANCES, "top5_last", "channels"))
     assert printed(capsys.readouterr().out)[0]["fine-tuned"]
