@@ -14,7 +14,9 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,7 @@ import gfbs_cifar
 from models import GatedModel
 from models.gate import folded_gates
 from models.layers import PadShortcut
-from utils import experiment
-from utils.cli import run_script
+from utils.cli.parser import run_script
 from utils.saliency import CRITERIA, Criterion
 from utils.surgery import keep_inputs, keep_outputs
 
@@ -90,18 +91,21 @@ def torch_pruning_saliency(
     return saliency
 
 
-CRITERIA[NAME] = Criterion(torch_pruning_saliency, gradients="norms")
+def known() -> AbstractContextManager:
+    """Makes the criterion known to the flags and the scoring of gfbs_cifar.py for a while."""
+    return mock.patch.dict(CRITERIA, {NAME: Criterion(torch_pruning_saliency, gradients="norms")})
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    return gfbs_cifar.parse_args([*argv, "--criterion", NAME])
+    with known():
+        return gfbs_cifar.parse_args([*argv, "--criterion", NAME])
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what result.json says."""
-    experiment.channel_saliency = torch_pruning_saliency
-    return gfbs_cifar.main(args)
+    with known(), mock.patch.object(gfbs_cifar, "channel_saliency", torch_pruning_saliency):
+        return gfbs_cifar.main(args)
 
 
 if __name__ == "__main__":

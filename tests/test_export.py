@@ -104,6 +104,9 @@ def test_the_description_is_that_of_the_checkpoint(tmp_path):
     assert said["classes"] == META["classes"]
     assert said["input"]["shape"] == ["batch", 3, 16, 16]
     assert said["input"]["normalisation"] == META["normalisation"]
+    typed = ["--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]
+    other = run_export(tmp_path / "net.pth", *typed, "--output", tmp_path / "other.pt2")
+    assert other["input"]["normalisation"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()
     assert said["source"] == {"file": "net.pth", "sha256": digest}
 
@@ -141,6 +144,8 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such checkpoint"):
         run_export(tmp_path / "other.pth")
     save_checkpoint(tmp_path / "silent.pth", random_model("gateresnet20"))
+    with pytest.raises(SystemExit):
+        run_export(tmp_path / "net.pth", "--mean", "0.1,0.2,0.3")
     with pytest.raises(InputError, match="give --image_size"):
         run_export(tmp_path / "silent.pth")
     monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))

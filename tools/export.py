@@ -4,9 +4,10 @@
     python -m tools.export checkpoints/gatevgg16/model_best.pth --format onnx
 
 pt2 needs torch alone to be loaded, torch.export.load(FILE).module(), and none of this project; onnx
-needs requirements-export.txt. Gates are dropped and BatchNorm is folded into the convolutions; the
-batch can have any size. A file is kept only if its logits are those of the checkpoint. FILE.json
-beside it says how images go in and what comes out.
+needs requirements-export.txt. Gates are dropped and BatchNorm is folded into the convolutions; a
+batch can have any size. The file is written only if its logits are those of the checkpoint.
+FILE.json beside it describes input and output; where the checkpoint does not say how pixels are
+normalised, --mean and --std do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import math
 import sys
 import tempfile
 import warnings
@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from models import GatedModel
 from models.gate import deployable
-from models.groups import GatedModel
 from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.cli import flags, settings
 from utils.cli.parser import Parser, count, run_script
 from utils.cost import model_cost
+from utils.data.batches import Normalisation
 from utils.errors import InputError, RunError
 from utils.files import write_atomically, write_json
 
@@ -43,14 +45,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint of any kind that this project loads")
     parser.add_argument("--format", choices=tuple(FORMATS), default="pt2", help="of the file")
     parser.add_argument("--output", metavar="FILE", help="(default: beside the checkpoint)")
-    parser.add_argument(
-        "--image_size",
-        type=count,
-        metavar="PIXELS",
-        help="side of the images (default: as the checkpoint says)",
-    )
+    parser.add_argument("--image_size", type=count, metavar="PIXELS",
+                        help="side of the images (default: as the checkpoint says)")  # fmt: skip
+    flags.add_normalisation_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    settings.check_normalisation(parser, args)
+    return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     size = args.image_size or checkpoint.meta.get("image_size")
     if size is None:
         raise InputError(f"{source} does not say how large its images are; give --image_size")
-    description = describe(checkpoint, source, size)
+    description = describe(checkpoint, source, size, settings.normalisation(args))
 
     content, run = FORMATS[args.format](deployable(checkpoint.model), size)
     difference = largest_difference(checkpoint.model, run, size)
@@ -86,15 +87,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return description
 
 
-def describe(checkpoint: Checkpoint, source: Path, size: int) -> dict[str, Any]:
-    """What a user has to know: input, output, cost, and where it comes from."""
+def describe(
+    checkpoint: Checkpoint, source: Path, size: int, typed: Normalisation | None
+) -> dict[str, Any]:
+    """What a user has to know: input, output, cost, and where the network comes from."""
     model, meta = checkpoint.model, checkpoint.meta
     cost = model_cost(model, size)
     return {
         "net": model.net,
         "input": {
             "name": "images", "shape": ["batch", 3, size, size], "type": "float32",
-            "normalisation": meta.get("normalisation"),
+            "normalisation": typed.as_dict() if typed else meta.get("normalisation"),
         },
         "output": {"name": "logits", "shape": ["batch", model.num_classes]},
         "classes": meta.get("classes"),
@@ -108,29 +111,26 @@ def describe(checkpoint: Checkpoint, source: Path, size: int) -> dict[str, Any]:
 
 
 def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size: int) -> float:
-    """max |a - b| / max |a| between the checkpoint's logits and the export's, at several batch
-    sizes, on noise of the mean and the deviation of normalised images.
+    """max |a - b| / max |a| of the checkpoint's and the export's logits for normalised noise, over
+    several batch sizes; infinite where a network has no logits to compare.
     """
     stream = torch.Generator().manual_seed(0)
-    model, worst = model.float().eval(), 0.0
+    model, found = model.float().eval(), []
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, size, size, generator=stream)
         with torch.no_grad():
             expected, logits = model(images), run(images)
-        if logits.shape != expected.shape or not logits.isfinite().all():
-            return float("inf")
-        difference = ((expected - logits).abs().max() / expected.abs().max()).item()
-        if math.isnan(difference):  # logits of nothing but zeros say nothing
-            return float("inf")
-        worst = max(worst, difference)
-    return worst
+        if logits.shape != expected.shape:
+            return torch.inf
+        found.append((expected - logits).abs().max() / expected.abs().max())
+    return torch.stack(found).nan_to_num(torch.inf).max().item()
 
 
 def to_pt2(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     """The file's content, and the network read back from it."""
     images = torch.randn(2, 3, size, size)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # Weights that lie pixel by pixel are stored whole, whatever torch says of them.
+        # torch warns of weights in channels_last, and yet stores them whole.
         warnings.filterwarnings("ignore", "No complete tensor found")
         file = Path(folder) / "network.pt2"
         batch = torch.export.Dim("batch")

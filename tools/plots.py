@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,8 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from tools.rows import Row, make_rows, shared, words
-from tools.trials import Trial
+from tools.trials import COSTS, SHOWN, Row, Trial, defaults, make_rows, words
 from utils.saliency import CRITERIA
 
 MOST = 8  # curves that a panel keeps apart
@@ -25,10 +25,6 @@ COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0
 MARKERS = "osD^vPX*"
 HEIGHTS = {"fine_tuned": 5, "recalibrated": 3, "after_surgery": 3}  # from top to bottom
 KEPT = {"macs": "MACs kept, %", "params": "parameters kept, %"}
-LABELS = 26  # as many layer names fit below an axis
-NEAR = 30  # points; a line for chance farther below would flatten the curves
-WIDTH = 12  # inches
-LETTER = 0.075  # inches, of the legend's font
 RC = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False,
@@ -38,139 +34,128 @@ RC = {
 }  # fmt: skip
 CHANCE = {"color": "0.35", "linewidth": 0.9, "linestyle": ":", "label": "chance"}
 BASELINE = {"color": "0.35", "linewidth": 0.9, "label": "baseline"}
+Curves = dict[str, list[Row]]  # ways to prune one network on one data set, each with all its sizes
 
 
-class Panel(NamedTuple):
-    """At most ``MOST`` ways to prune one network on one data set, each with all its sizes."""
-
-    title: str
-    curves: dict[str, list[Row]]
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for rows in self.curves.values() for row in rows]
-
-    @property
-    def shown(self) -> list[str]:
-        """The accuracies that were measured."""
-        return [name for name in HEIGHTS if any(row.accuracy(name) for row in self.rows)]
-
-    @property
-    def height(self) -> float:
-        """In inches."""
-        lines = sum(label.count("\n") + 1 for label in self.curves)
-        return 1.8 + 0.33 * sum(HEIGHTS[name] for name in self.shown) + 0.1 * lines
-
-
-def save_plot(trials: Sequence[Trial], file: BinaryIO, kind: str) -> None:
-    """Draw into a file that is open for writing; ``kind`` is png, pdf or svg.
-
-    The same trials make the same bytes.
-    """
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+def plot(trials: Sequence[Trial], kind: str) -> bytes:
+    """The content of a file of this kind, png, pdf or svg; the same trials make the same bytes."""
+    undated, file = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind), io.BytesIO()
     with matplotlib.rc_context(RC):
         draw(trials).savefig(file, format=kind, metadata=undated)
+    return file.getvalue()
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
-    """A figure with a strip for each panel; the title has what is the same in all rows."""
-    rows = make_rows(trials)
+    """A figure with a strip for every panel; its title says what is the same in all rows."""
+    rows, same = make_rows(trials)
     panels = make_panels(rows)
-    common = [rows[0][n] for n in ("criterion", "method") if len({row[n] for row in rows}) == 1]
-    common += [words(*setting) for setting in shared(trials, told=True).items()]
+    both = ("criterion", "method")
+    common = [rows[0].text(n) for n in both if len({row.text(n) for row in rows}) == 1]
+    common += [words(*s) for s in same.items() if s not in defaults(trials[0]).items()]
     common += ["bars: standard deviation over seeds"] * any(len(row.runs) > 1 for row in rows)
-    heights = [panel.height for panel in panels]
-    figure = Figure(figsize=(WIDTH, 0.4 + sum(heights)), layout="constrained")
+    heights = [1.8 + 0.33 * sum(map(HEIGHTS.get, measured(curves)))
+               + 0.1 * len("\n".join(curves).split("\n"))
+               for curves in panels.values()]  # fmt: skip
+    figure = Figure(figsize=(12, 0.4 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(textwrap.fill(", ".join(common), 140), x=0.01, ha="left", fontsize=9)
     strips = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)
-    for strip, panel in zip(strips[:, 0], panels, strict=True):
-        _draw_panel(strip, panel)
+    for strip, (title, curves) in zip(strips[:, 0], panels.items(), strict=True):
+        strip.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        _draw_panel(strip, curves)
     return figure
 
 
-def make_panels(rows: Sequence[Row]) -> list[Panel]:
-    """In the order of the rows; a network with too many curves for a panel has several."""
-    several = {n for n in ("criterion", "method", "asked_of") if len({row[n] for row in rows}) > 1}
-    places: dict[str, dict[str, list[Row]]] = {}
+def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
+    """By title; a network with more than ``MOST`` curves has several panels."""
+    several = {n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1}
+    places: dict[str, Curves] = {}
     for row in rows:
-        parts = [row[name] for name in ("criterion", "method") if name in several]
-        parts += [f"by {row['asked_of']}"] * ("asked_of" in several)
-        label = ", ".join(filter(None, [*parts, row.also])) or row["criterion"]
-        curves = places.setdefault(f"{row['net']} on {row['dataset']}", {})
+        parts = [row.text(name) for name in ("criterion", "method") if name in several]
+        parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
+        label = ", ".join(filter(None, [*parts, row.also])) or row.text("criterion")
+        curves = places.setdefault(f"{row.text('net')} on {row.text('dataset')}", {})
         curves.setdefault(textwrap.fill(label, 70), []).append(row)
-    panels = []
+    panels = {}
     for place, curves in places.items():
         count = -(-len(curves) // MOST)
         for i in range(count):  # about equally many in each
             part = list(curves.items())[len(curves) * i // count : len(curves) * (i + 1) // count]
-            title = f"{place} ({i + 1} of {count})" if count > 1 else place
-            panels.append(Panel(title, dict(part)))
+            panels[place + f" ({i + 1} of {count})" * (count > 1)] = dict(part)
     return panels
 
 
-def _draw_panel(strip: SubFigure, panel: Panel) -> None:
-    strip.suptitle(panel.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+def _draw_panel(strip: SubFigure, curves: Curves) -> None:
+    """Accuracies on the left, one below the other; channels on the right; the legend below."""
+    rows, styles = sum(curves.values(), []), _styles(curves)
     grid = strip.add_gridspec(1, 2, width_ratios=(2, 1.2))
-    classes = re.match("[1-9][0-9]*", panel.rows[0]["classes"])
+    classes = re.match("[1-9][0-9]*", rows[0].text("classes"))
     chance = 100 / int(classes[0]) if classes else None
-    baselines = {round(b.mean, 2) for row in panel.rows if (b := row.accuracy("baseline"))}
+    baselines = {round(r.percent["baseline"].mean, 2) for r in rows if "baseline" in r.percent}
     # Accuracies right after surgery are far below the others: each kind has axes of its own.
-    shown = panel.shown or ["fine_tuned"]
+    shown = measured(curves)
     left = grid[0].subgridspec(len(shown), 2, height_ratios=[HEIGHTS[name] for name in shown])
     axes = left.subplots(sharex="col", sharey="row", squeeze=False)
     axes[0, 0].set_title("top-1 accuracy", loc="left")
     for name, both in zip(shown, axes, strict=True):
         both[0].set_ylabel(f"{name.replace('_', '-' if name == 'fine_tuned' else ' ')}, %")
-        found = [a.mean for row in panel.rows if (a := row.accuracy(name))]
+        lowest = min((r.percent[name].mean for r in rows if name in r.percent), default=0)
         for place, (of, title) in zip(both, KEPT.items(), strict=True):
-            for i, rows in enumerate(panel.curves.values()):
-                points = sorted((x.mean, y.mean, y.deviation or 0) for row in rows
-                                if (x := row.kept(of)) and (y := row.accuracy(name)))  # fmt: skip
+            for style, curve in zip(styles, curves.values(), strict=True):
+                found = [row.percent for row in curve if {of, name} <= row.percent.keys()]
+                points = sorted((p[of].mean, p[name].mean, p[name].deviation or 0) for p in found)
                 x, y, bars = zip(*points, strict=True) if points else ((), (), ())
-                place.errorbar(x, y, yerr=bars if any(bars) else None, capsize=2, elinewidth=0.9,
-                               **_style(panel, i))  # fmt: skip
-            if chance and (name == shown[-1] or min(found) - chance < NEAR):
+                place.errorbar(
+                    x, y, bars if any(bars) else None, capsize=2, elinewidth=0.9, **style
+                )
+            # A line for chance far below all points would flatten the curves.
+            if chance and (name == shown[-1] or lowest - chance < 30):
                 place.axhline(chance, zorder=1, **CHANCE)
             for baseline in sorted(baselines) if name == shown[0] else ():
                 place.axhline(baseline, zorder=1, **BASELINE)
             place.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
             place.set_xlabel(title * (name == shown[-1]))
-    _draw_channels(strip.add_subplot(grid[1]), panel)
-    handles = [Line2D([], [], label=n, **_style(panel, i)) for i, n in enumerate(panel.curves)]
+    _draw_channels(strip.add_subplot(grid[1]), curves, styles)
+    handles = [Line2D([], [], label=n, **s) for n, s in zip(curves, styles, strict=True)]
     handles += [Line2D([], [], **BASELINE)] * bool(baselines)
     handles += [Line2D([], [], **CHANCE)] * bool(chance)
     longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
-    columns = max(1, min(len(handles), int(WIDTH / (0.6 + LETTER * longest))))
+    columns = max(1, min(len(handles), int(12 / (0.6 + 0.075 * longest))))  # in inches
     strip.legend(handles=handles, loc="outside lower left", frameon=False, ncols=columns)
 
 
-def _style(panel: Panel, i: int) -> dict[str, Any]:
+def measured(curves: Curves) -> list[str]:
+    """The accuracies that a panel shows, from top to bottom."""
+    found = {name for rows in curves.values() for row in rows for name in row.percent}
+    return [name for name in HEIGHTS if name in found] or ["fine_tuned"]
+
+
+def _styles(curves: Curves) -> list[dict[str, Any]]:
     """A criterion looks the same in all plots; other curves are told apart by their order."""
-    names = [rows[0]["criterion"] for rows in panel.curves.values()]
-    if len({*names}) == len(names) and {*names} <= CRITERIA.keys():
-        i = [*CRITERIA].index(names[i])
-    return {"color": COLOURS[i % MOST], "marker": MARKERS[i % MOST]}
+    names, known = [rows[0].text("criterion") for rows in curves.values()], [*CRITERIA]
+    own = len({*names}) == len(names) and {*names} <= {*known}
+    places = [known.index(name) % MOST if own else i for i, name in enumerate(names)]
+    return [{"color": COLOURS[i], "marker": MARKERS[i]} for i in places]
 
 
-def _draw_channels(axes: Any, panel: Panel) -> None:
+def _draw_channels(axes: Any, curves: Curves, styles: list[dict[str, Any]]) -> None:
     """Of the size in the middle of those that most curves have."""
-    having = Counter(row.asked for row in panel.rows)
+    rows = sum(curves.values(), [])
+    having = Counter(row.asked for row in rows)
     most = [asked for asked, count in having.items() if count == max(having.values())]
     asked = most[len(most) // 2]
-    names = list(dict.fromkeys(name for row in panel.rows for name in row.channels()))
-    for i, rows in enumerate(panel.curves.values()):
-        for kept in (row.channels() for row in rows if row.asked == asked):
-            there = [(x, kept[name].mean) for x, name in enumerate(names) if kept.get(name)]
-            axes.plot(*zip(*there, strict=True), **_style(panel, i)) if there else None
-    every = -(-len(names) // LABELS) or 1
+    names = [n for row in rows for n in row.percent if n not in (*COSTS, *SHOWN)]
+    names = list(dict.fromkeys(names))
+    for style, curve in zip(styles, curves.values(), strict=True):
+        for of in (row.percent for row in curve if row.asked == asked):
+            points = [(x, of[name].mean) for x, name in enumerate(names) if name in of]
+            axes.plot(*zip(*points, strict=True), **style) if points else None
+    every = -(-len(names) // 26) or 1  # as many names fit below the axis
     labels = short_names(names)
-    long = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-    turned = long if max(map(len, labels), default=0) > 3 else {}
+    long = max(map(len, labels), default=0) > 3
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(range(0, len(labels), every), labels[::every], **turned)
-    axes.set_ylim(0, 103)
-    axes.set_ylabel("channels kept, %")
-    axes.set_xlabel("channel group, from input to output")
+    axes.set(ylim=(0, 103), ylabel="channels kept, %", xlabel="channel group, from input to output")
     axes.set_title(f"channels kept per layer, {asked}", loc="left")
 
 

@@ -1,4 +1,4 @@
-"""Pruning runs as rows of text: read from result.json files and CSV tables, merged, written."""
+"""Pruning runs as rows of text, from result.json files and CSV tables; and experiments of these."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gfbs_cifar
 import gfbs_imagenet
 import train
 from utils.cli.settings import configuration
 from utils.errors import InputError
+from utils.run.record import Record
 from utils.saliency import CRITERIA
 
 # A run: the text of each cell by column; "" for None, a switch that is off, and what is unknown.
 Trial = dict[str, str]
 
-ASKED = {"p": "p", "macs": "MACs", "params": "params"}
-WHAT = ("net", "dataset", "criterion", "method", "asked_of", "asked", "seed", "score_seed")
+COSTS = {"macs": "MACs", "params": "params"}
+ASKED = {"p": "p", **COSTS}
+COLUMNS = ("net", "dataset", "criterion", "method", "asked_of", "asked")  # also when printed
+WHAT = (*COLUMNS, "seed", "score_seed")
 ACCURACIES = ("baseline", "after_surgery", "recalibrated", "last", "best")
-NUMBERS = (
-    "macs_before", "macs_after", "params_before", "params_after",
-    *(f"{kind}_{name}" for kind in ("top1", "top5") for name in ACCURACIES), "best_epoch",
-)  # fmt: skip
+SHOWN = (*ACCURACIES[:3], "fine_tuned")
+NUMBERS = (*(f"{of}_{when}" for of in COSTS for when in ("before", "after")),
+           *(f"top{k}_{name}" for k in (1, 5) for name in ACCURACIES), "best_epoch")  # fmt: skip
 OUTCOME = (*NUMBERS, "chosen_on", "channels")
 # These differ between two runs that compute the same.
 CIRCUMSTANCES = ("images_per_second", "wall_time_seconds", "threads", "torch", "commit")
 PLACE = "place"  # where a row comes from, for messages; no table has it
+OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch", "threads"}  # flags that other columns say
+COMMON = {"net", "dataset", "classes", "image_size", "baseline", "threads"}  # of run and baseline
 WIDTHS = re.compile(r"(\S+):(\d+)/([1-9]\d*)")  # of a channel group, after/before
-# Flags that other columns tell; what a baseline has of its run.
-TOLD = {*WHAT, *ASKED, "smooth", "steps", "from_scratch", "threads"}
-COMMON = {"net", "dataset", "classes", "image_size", "baseline", "threads"}
 
 
 def cell(value: Any) -> str:
@@ -50,137 +52,119 @@ def cell(value: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def find_files(folders: Iterable[Path]) -> list[Path]:
-    """Every result.json below the folders."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; name one of results, or a .csv file")
-    return [path for folder in folders for path in sorted(folder.rglob("result.json"))]
-
-
 def read_result(path: Path) -> Trial | None:
-    """What a result.json says; None for one of train.py, which prunes nothing.
+    """A result.json; None for one of train.py, which prunes nothing.
 
-    What an earlier version did not write leaves its cell empty. Raises InputError for what no
-    script of this project writes.
+    What an earlier version did not write leaves its cell empty.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{cell(path)}: cannot be read as JSON ({cell(error)})") from error
-    try:
-        return _checked(_trial(result), path) if "criterion" in result["config"] else None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{cell(path)}: no result of a pruning script ({error!r})") from error
+        run = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
+        trial = _trial(run) if "criterion" in run.config else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = cell(f"{path}: no result of a pruning script ({error!r})")
+        raise InputError(f"{told}; remove it, or run the script again with --overwrite") from error
+    return trial and _checked(trial, cell(path))
 
 
-def _trial(result: Mapping[str, Any]) -> Trial:
-    parts = ("baseline", "versions", "cost", "channels", "accuracy", "top5")
-    baseline, versions, cost, channels, *kinds = (result.get(name) or {} for name in parts)
-    config, history = result["config"], result.get("history") or []
+def _trial(run: Record) -> Trial:
+    config, baseline = run.config, (run.baseline or {}).get("config") or {}
     [asked] = [of for of in ASKED if config.get(of) is not None] or [None]
-    speeds = [epoch["images_per_second"] for epoch in history if "images_per_second" in epoch]
+    speeds = [epoch["images_per_second"] for epoch in run.history if "images_per_second" in epoch]
     values = {
-        **{name: value for name, value in config.items() if name not in TOLD - {*WHAT}},
-        **{f"baseline_{name}": value for name, value in (baseline.get("config") or {}).items()
-           if name not in COMMON},
-        "net": config["net"], "dataset": config["dataset"], "method": result.get("method"),
+        **{name: value for name, value in config.items() if name not in OTHERWISE},
+        **{f"baseline_{name}": value for name, value in baseline.items() if name not in COMMON},
+        "net": run.net, "dataset": run.dataset, "method": run.method,
         "asked_of": asked and ASKED[asked], "asked": asked and config[asked],
-        **{f"{of}_{when}": cost.get(of, {}).get(when)
-           for of in ("macs", "params") for when in ("before", "after")},
-        **{f"{column}_{name}": kind.get(name)
-           for column, kind in zip(("top1", "top5"), kinds, strict=True) for name in ACCURACIES},
-        "best_epoch": kinds[0].get("best_epoch"),
-        "chosen_on": "holdout" if "holdout" in result else None,
+        **{f"{of}_{when}": n for of, cost in run.cost.items() for when, n in cost.items()},
+        **{f"top1_{name}": run.accuracy.get(name) for name in ACCURACIES},
+        **{f"top5_{name}": run.top5.get(name) for name in ACCURACIES},
+        "best_epoch": run.accuracy.get("best_epoch"), "chosen_on": run.holdout and "holdout",
         "channels": " ".join(f"{''.join(name.split())}:{width['after']}/{width['before']}"
-                             for name, width in channels.items()),
-        "images_per_second": round(sum(speeds) / len(speeds), 1) if speeds else None,
-        "wall_time_seconds": result.get("wall_time_seconds"),
-        "threads": versions.get("threads", config.get("threads")),
-        "torch": versions.get("torch"), "commit": versions.get("commit"),
+                             for name, width in (run.channels or {}).items()),
+        "images_per_second": round(statistics.fmean(speeds), 1) if speeds else None,
+        "wall_time_seconds": run.wall_time_seconds, "threads": config.get("threads"),
+        **{name: text for name, text in (run.versions or {}).items() if name in CIRCUMSTANCES},
     }  # fmt: skip
     return {cell(name): cell(value) for name, value in values.items()}
 
 
-def _checked(trial: Trial, place: Any) -> Trial:
-    """With the defaults of flags that it lacks; raises InputError for what cannot be computed."""
+def _checked(trial: Trial, place: str) -> Trial:
+    """The row with the defaults of flags that it lacks; InputError where a number is none."""
     for name in (*NUMBERS, "asked", "images_per_second", "wall_time_seconds"):
-        text = trial.get(name) or "1"
         try:
-            good = math.isfinite(float(text)) and not (name.endswith("_before") and float(text) < 1)
+            number = float(trial.get(name) or 1)
         except ValueError:
-            good = False
-        if not good:
-            raise InputError(f"{cell(place)}: {name} is {text!r}, where a number should be")
-    return {**defaults(trial), **trial, PLACE: cell(place)}
+            number = math.nan
+        if not math.isfinite(number) or (name.endswith("_before") and number < 1):
+            raise InputError(f"{place}: {name} is {trial[name]!r}, where a number should be")
+    return {**defaults(trial), **trial, PLACE: place}
 
 
 def defaults(trial: Trial) -> Trial:
-    """The settings of the script that made this run, where no flag is given."""
-    found = _defaults(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar)
+    """The settings of the scripts that made this run and its baseline, where no flag is given."""
+    scripts = [(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar, "", set())]
     if trial.get("baseline_epochs"):
-        of = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
-        own = _defaults(of if trial.get("baseline_criterion") else train).items()
-        found = found | {f"baseline_{name}": text for name, text in own if name not in COMMON}
-    return found
+        pruned = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
+        of = pruned if trial.get("baseline_criterion") else train
+        scripts.append((of, "baseline_", COMMON))
+    return {f"{start}{name}": text for script, start, without in scripts
+            for name, text in _defaults(script).items() if name not in without}  # fmt: skip
 
 
 @cache
 def _defaults(script: Any) -> Trial:
     config = configuration(script.parse_args(["--data_dir", "."]))
-    return {name: cell(value) for name, value in config.items() if name not in TOLD}
+    return {name: cell(value) for name, value in config.items() if name not in {*WHAT, *OTHERWISE}}
 
 
 def read_csv(path: Path) -> list[Trial]:
     """The rows of a table that ``csv_text`` wrote; InputError for another file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+            table = csv.DictReader(file, strict=True)
+            lines, names = list(table), table.fieldnames or []
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from error
-    missing = [name for name in WHAT if name not in header]
-    if header and missing:
-        raise InputError(f"{path}: no table of runs: it has no column {', '.join(missing)}")
+    if names and (missing := {*WHAT} - {*names}):
+        raise InputError(f"{path}: no table of runs: it has no column {', '.join(sorted(missing))}")
     trials = []
     for number, line in enumerate(lines, 2):
-        place = f"{path}, row {number}"
-        if len(line) != len(header):
-            raise InputError(f"{place}: {len(line)} cells for {len(header)} columns")
-        texts = [cell(text.removeprefix("'")) for text in header + line]
-        trials.append(_checked(dict(zip(texts, texts[len(line) :], strict=False)), place))
+        if None in line or None in line.values():
+            raise InputError(f"{path}, row {number}: not as many cells as columns")
+        trial = {name.removeprefix("'"): text.removeprefix("'") for name, text in line.items()}
+        trial = {cell(name): cell(text) for name, text in trial.items()}
+        trials.append(_checked(trial, f"{path}, row {number}"))
     return trials
 
 
 def csv_text(trials: Sequence[Trial]) -> str:
     """A row per run; settings that are off in every row have no column."""
     used = {n for t in trials for n, text in [*defaults(t).items(), *t.items()] if text}
-    names = [*WHAT, *sorted(used - {*WHAT, *OUTCOME, *CIRCUMSTANCES, PLACE}), *OUTCOME,
-             *CIRCUMSTANCES]  # fmt: skip
-    text = io.StringIO()
-    for row in (dict(zip(names, names, strict=True)), *trials):
-        csv.writer(text, lineterminator="\n").writerow(_guarded(row.get(n, "")) for n in names)
-    return text.getvalue()
+    own = sorted(used - {*WHAT, *OUTCOME, *CIRCUMSTANCES, PLACE})
+    names, file = [*WHAT, *own, *OUTCOME, *CIRCUMSTANCES], io.StringIO()
+    rows = [names, *([trial.get(name, "") for name in names] for trial in trials)]
+    csv.writer(file, lineterminator="\n").writerows([map(_guarded, row) for row in rows])
+    return file.getvalue()
 
 
 def _guarded(text: str) -> str:
-    """No spreadsheet takes the text for a formula; ``read_csv`` takes the apostrophe away."""
-    number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
-    return f"'{text}" if text.startswith(("'", "=", "+", "-", "@")) and not number else text
+    """Keep a spreadsheet from taking the text for a formula; ``read_csv`` undoes it."""
+    formula = re.match(r"['=@]|[+-](?![\d.]+(e[+-]?\d+)?$)", text)
+    return f"'{text}" if formula else text
 
 
-def settings(trial: Trial) -> Trial:
+def settings(trial: Trial) -> frozenset[tuple[str, str]]:
     """All that makes the run what it is, seeds and weights of the baseline included."""
     rest = {*OUTCOME, *CIRCUMSTANCES, PLACE}
-    return {name: text for name, text in trial.items() if text and name not in rest}
+    return frozenset((name, text) for name, text in trial.items() if text and name not in rest)
 
 
 def is_seed(name: str, trial: Trial) -> bool:
-    """Whether runs that differ in this setting are repetitions of one experiment.
-
-    The baseline's weights are a setting where nothing else says how it was trained.
+    """Whether runs that differ in this setting repeat one experiment, as with other weights of a
+    baseline whose settings are known.
     """
-    told = trial.get("baseline_epochs") and name == "baseline"
-    return bool(told) or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
+    known = bool(trial.get("baseline_epochs")) and name == "baseline"
+    return known or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
 
 
 def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
@@ -190,26 +174,22 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
     """
     found: dict[frozenset[tuple[str, str]], Trial] = {}
     for trial in new:
-        other = found.setdefault(frozenset(settings(trial).items()), trial)
+        other = found.setdefault(settings(trial), trial)
         if any(other.get(name) != trial.get(name) for name in OUTCOME):
-            raise InputError(
-                f"{other[PLACE]} and {trial[PLACE]} are the same experiment with the same seeds,"
-                " but not the same results; leave one of them out"
-            )
-    merged = {frozenset(settings(trial).items()): trial for trial in kept} | found
-    names = sorted({name for key in merged for name, _ in key} - {*WHAT})
+            same = f"{other[PLACE]} and {trial[PLACE]} are the same experiment with the same seeds"
+            raise InputError(f"{same}, but not the same results; leave one of them out")
+    merged = {settings(trial): trial for trial in kept} | found
+    names = ["seed", "score_seed", *sorted({name for key in merged for name, _ in key} - {*WHAT})]
 
     def order(trial: Trial) -> list[Any]:
-        """Criteria as they are registered; of the sizes, the largest that stays first."""
+        """Criteria as they are registered; of the sizes, the largest network first."""
         rank = [*CRITERIA, trial["criterion"]].index(trial["criterion"])
         asked = float(trial["asked"] or 0) * (1 if trial["asked_of"] == "p" else -1)
-        seeds = [name for name in ("seed", "score_seed", *names) if is_seed(name, trial)]
-        others = [name for name in names if name not in seeds]
-        places, ways, repeats = (
-            [natural(trial.get(name, "")) for name in part]
-            for part in (("net", "dataset", "method"), ("criterion", *others), seeds)
-        )
-        return [places, rank, ways, trial["asked_of"], asked, repeats]
+        seeds = [name for name in names if is_seed(name, trial)]
+        ways = ["criterion", *(name for name in names if name not in seeds)]
+        places, ways, seeds = ([natural(trial.get(name, "")) for name in part]
+                               for part in (("net", "dataset", "method"), ways, seeds))  # fmt: skip
+        return [places, rank, ways, trial["asked_of"], asked, seeds]
 
     return sorted(merged.values(), key=order)
 
@@ -218,3 +198,71 @@ def natural(text: str) -> list[tuple[bool, float, str]]:
     """A key that sorts the numbers within a text by size."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
     return [(i % 2 == 1, float(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
+
+
+class Spread(NamedTuple):
+    """Mean, and sample standard deviation; None of a single value."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+
+
+class Row(NamedTuple):
+    """An experiment: runs that differ in nothing but their seeds.
+
+    ``also`` says in words the settings without a column in which rows differ; ``percent`` has
+    accuracies by name, and the shares that ``macs``, ``params`` and every channel group keep.
+    """
+
+    runs: list[Trial]
+    also: str
+    percent: dict[str, Spread]
+
+    def text(self, column: str) -> str:
+        """Of a column that is the same in all runs."""
+        return self.runs[0].get(column, "")
+
+    @property
+    def asked(self) -> str:
+        """``p 0.7``: what was to go; ``MACs 55 %``: what was to stay."""
+        kind, share = self.text("asked_of"), self.text("asked")
+        return f"p {share}" if kind == "p" or not share else f"{kind} {100 * float(share):g} %"
+
+
+def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
+    """A row per experiment, in the order of the runs; and the settings without a column that are
+    the same in all of them.
+    """
+    groups: dict[frozenset[tuple[str, str]], list[Trial]] = {}
+    for trial in trials:
+        key = frozenset(s for s in settings(trial) if not is_seed(s[0], trial))
+        groups.setdefault(key, []).append(trial)
+    same, rows = frozenset.intersection(*groups), []
+    for key, runs in groups.items():
+        also = ", ".join(words(*s) for s in sorted(key - same) if s[0] not in COLUMNS)
+        found = [_percent(run) for run in runs]
+        numbers = {n: [f[n] for f in found] for n in found[0] if all(n in f for f in found)}
+        rows.append(Row(runs, also, {name: Spread.of(of) for name, of in numbers.items()}))
+    return rows, {name: text for name, text in sorted(same) if name not in COLUMNS}
+
+
+def _percent(run: Trial) -> dict[str, float]:
+    """Fine-tuned: after the last epoch, or the epoch that a holdout chose."""
+    tuned = "best" if run.get("chosen_on") == "holdout" else "last"
+    top1 = {name: run.get(f"top1_{tuned if name == 'fine_tuned' else name}") for name in SHOWN}
+    sizes = [(of, run.get(f"{of}_after"), run.get(f"{of}_before")) for of in COSTS]
+    sizes += WIDTHS.findall(run.get("channels", ""))
+    kept = {name: 100 * float(now) / float(before) for name, now, before in sizes if now and before}
+    return kept | {name: float(text) for name, text in top1.items() if text}
+
+
+def words(name: str, text: str) -> str:
+    """A setting; a switch is its name."""
+    return name if text == "True" else f"{name} {text}"
