@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 
 from models.gate import GatedModel
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.cli import Parser, count, run_script
+from utils.cli.parser import Parser, count, run_script
 from utils.cost import model_cost
 from utils.deploy import deployable
 from utils.errors import InputError, RunError
