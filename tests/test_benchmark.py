@@ -1,19 +1,20 @@
-"""The benchmarks run, their arithmetic is right, and scoring takes no more memory than training."""
+"""Contenders of a benchmark do the same work, its arithmetic is right, and scoring takes no more
+memory than training. Nothing here is timed.
+"""
 
 from __future__ import annotations
 
 import json
-from itertools import count
+from functools import partial
 
 import pytest
-from helpers import CPU, make_folder, random_batch, random_model
+import torch
+from helpers import CPU, make_folder, random_batch, random_model, relative_difference
+from torch.utils.benchmark import Timer
 
-from tools.benchmark import __main__ as benchmark
-from tools.benchmark import timing
-from tools.benchmark.prune import forward_backward, peak_bytes, score_select_cut
-from tools.benchmark.train import ACCELERATIONS
-from tools.benchmark.workload import without_gates
+from tools import benchmark, measures
 from utils.checkpoint import save_checkpoint
+from utils.cost import model_cost
 from utils.errors import InputError
 from utils.pruning import PruningPlan
 from utils.surgery import prune
@@ -22,65 +23,93 @@ TINY = ["--net", "gateresnet20", "--bs", "4", "--image_size", "8"]
 
 
 def run(*argv):
-    return benchmark.main(benchmark.parse_args([*argv, "--rounds", "2", "--device", "cpu"]))[
-        "comparisons"
-    ]
+    args = benchmark.parse_args([*argv, "--rounds", "1", "--device", "cpu"])
+    return benchmark.main(args)["comparisons"]
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """What each contender returns, by comparison; they run once, and take made-up seconds."""
+    outcomes = {}
+
+    def record(title, images, runs, *, prepare=lambda name: (), **_):
+        torch.manual_seed(0)
+        outcomes[title] = {name: run(*prepare(name)) for name, run in runs.items()}
+        rows = [{"name": name, "seconds": [6.0 / n]} for n, name in enumerate(runs, start=1)]
+        return {"title": title, "images": images, "contenders": rows}
+
+    monkeypatch.setattr(benchmark, "compare", record)
+    monkeypatch.setattr(benchmark, "as_text", str)
+    return outcomes
 
 
 def test_contenders_run_in_turn_and_ratios_are_those_of_their_times(monkeypatch):
-    clock, calls = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    numbers = count()
+    now, calls = [0.0], []
+    monkeypatch.setattr(measures, "Timer", partial(Timer, timer=lambda: now[0]))
+    times = {"a": iter([100, 4, 100, 6, 100, 5]), "b": iter([100, 2, 100, 1, 100, 4])}
 
-    def contender(name, *seconds):
-        times = iter([100.0, *seconds])  # the first is off the clock
+    def prepare(name):
+        now[0] += 1000  # off the clock
+        return (name,)
 
-        def work(prepared):
-            calls.append((name, prepared))
-            clock[0] += next(times)
+    def work(name):
+        calls.append(name)
+        now[0] += next(times[name])  # 100 to warm up in every round, off the clock, too
 
-        def prepare():
-            clock[0] += 1000  # off the clock, too
-            return next(numbers)
-
-        return timing.Contender(name, work, prepare)
-
-    contenders = [contender("a", 4.0, 6.0, 5.0), contender("b", 2.0, 1.0, 4.0)]
-    comparison = timing.Stopwatch(CPU.device, 3).compare("title", contenders, 10)
-    assert [name for name, _ in calls] == ["a", "b", "a", "b", "b", "a", "a", "b"]
-    assert [prepared for _, prepared in calls] == list(range(8))
-    assert comparison.seconds == {"a": [4, 6, 5], "b": [2, 1, 4]}
-    assert comparison.speed("b") == (2.5, 1.25, 6) and comparison.speed("a") == (1, 1, 1)
-    reference, other = comparison.as_dict()["contenders"]
-    assert other["speed"] == 2.5 and other["images_per_second"] == 5
-    assert "2.50  (1.25, 6.00)" in str(comparison)
+    result = measures.compare("title", 10, {"a": work, "b": work}, rounds=3, prepare=prepare)
+    assert calls[::2] == calls[1::2] == ["a", "b", "b", "a", "a", "b"]
+    a, b = result["contenders"]
+    assert (a["seconds"], b["seconds"]) == ([4, 6, 5], [2, 1, 4])
+    assert (a["speed"], b["speed"]) == (1, 2.5)
+    assert (b["speed_lowest"], b["speed_highest"]) == (1.25, 6)
+    assert b["images_per_second"] == 5 and b["iqr"] == pytest.approx(1.5)
+    assert "2.50  (1.25, 6.00)" in measures.as_text(result)
 
 
-def test_data(tmp_path):
-    small, large = run("data", "--images", "40", "--bs", "8",
-                       "--folder", str(make_folder(tmp_path) / "train"))  # fmt: skip
-    assert (small["images"], large["images"]) == (40, 12)
-    for comparison in (small, large):
-        assert [c["name"] for c in comparison["contenders"]] == ["PIL one by one", "ours"]
+def test_the_profile_names_operators():
+    square = torch.ones(8, 8)
+    result = measures.compare("title", 1, {"a": lambda: square @ square}, rounds=1, profiled=True)
+    assert "aten::mm" in result["profiles"]["a"] and "aten::mm" in measures.as_text(result)
 
 
-def test_train(tmp_path):
-    (comparison,) = run("train", *TINY, "--batches", "1", "--no_compile",
-                        "--json", str(tmp_path / "a.json"))  # fmt: skip
-    names = [c["name"] for c in comparison["contenders"]]
-    assert names == ["plain loop", *(n for n, a in ACCELERATIONS.items() if not a.compile)]
-    written = json.loads((tmp_path / "a.json").read_text())
-    assert written["comparisons"] == [comparison] and written["versions"]["torch"]
+def test_both_ways_in_bring_the_same_images(tmp_path, outcomes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "exhaust", lambda batches: seen.append(list(batches)))
+    run("data", "--images", "400", "--bs", "80", "--workers", "0",
+        "--folder", str(make_folder(tmp_path) / "train"))  # fmt: skip
+    assert {title: list(ways) for title, ways in outcomes.items()} == dict.fromkeys(
+        ["small images", "large images"], ["PIL one by one", "ours"]
+    )
+    for usual, ours in (seen[:2], seen[2:]):
+        (images, labels), (our_images, our_labels) = (
+            map(torch.cat, zip(*epoch, strict=True)) for epoch in (usual, ours)
+        )
+        assert images.shape == our_images.shape and images.dtype == our_images.dtype
+        assert torch.equal(labels.sort().values, our_labels.sort().values)
+        assert images.mean().item() == pytest.approx(our_images.mean().item(), abs=0.02)
+        assert images.std().item() == pytest.approx(our_images.std().item(), rel=0.02)
 
 
-def test_prune():
-    (comparison,) = run("prune", *TINY, "--profile")
-    assert [c["name"] for c in comparison["contenders"]][1:] == ["ours", "torch-pruning"]
-    shares = comparison["profiles"]["ours"]
-    assert max(shares.values()) > 0.1 and sum(shares.values()) <= 1.01
+def test_all_loops_train_alike(outcomes):
+    run("train", *TINY, "--batches", "2", "--no_compile")
+    (ways,) = outcomes.values()
+    plain, ours = ways.pop("plain loop"), ways.pop("ours")
+    assert ours == pytest.approx(plain, rel=1e-5)
+    assert set(ways) == {n for n, a in benchmark.ACCELERATIONS.items() if not a.compile} - {"ours"}
+    assert [loss for loss, _ in ways.values()] == pytest.approx([plain[0]] * len(ways), rel=0.05)
 
 
-def test_infer(tmp_path):
+def test_both_ways_of_pruning_prune(outcomes):
+    (comparison,) = run("prune", "--net", "gatevgg11", "--bs", "4")
+    (ways,) = outcomes.values()
+    assert list(ways) == ["forward and backward", "ours", "torch-pruning"]
+    whole = model_cost(benchmark.fresh_model("gatevgg11"), 32).macs
+    for name in ("ours", "torch-pruning"):
+        assert 0.2 * whole < model_cost(ways[name], 32).macs < 0.8 * whole
+    assert len(comparison["facts"]) == 3
+
+
+def test_exported_networks_give_the_same_logits(tmp_path, outcomes):
     model = random_model("gateresnet20")
     save_checkpoint(tmp_path / "whole.pth", model)
     half = {name: list(range(width // 2)) for name, width in model.group_widths().items()}
@@ -88,33 +117,41 @@ def test_infer(tmp_path):
     files = ["--checkpoint", str(tmp_path / "whole.pth"), "--pruned", str(tmp_path / "half.pth")]
     one, many = run("infer", "--bs", "2", "--image_size", "8", *files)
     assert (one["title"], many["title"]) == ("gateresnet20, batch 1", "gateresnet20, batch 2")
-    facts, speeds = one["facts"], {c["name"]: c["median"] for c in one["contenders"]}
-    assert 3.5 < facts["fewer multiply-adds, times"] < 4
-    faster = speeds["unpruned, exported"] / speeds["pruned, exported"]
-    assert facts["share of it that becomes time"] == pytest.approx(
-        faster / facts["fewer multiply-adds, times"], abs=1e-3
-    )
+    for logits in outcomes.values():
+        for name in ("unpruned", "pruned"):
+            assert relative_difference(logits[name], logits[f"{name}, exported"]) < 1e-5
+    fewer = one["facts"]["fewer multiply-adds, times"]
+    assert 3.5 < fewer < 4
+    # Made-up seconds: 6 / 3 for the exported network, 6 / 4 for the pruned one.
+    assert one["facts"]["share of it that becomes time"] == pytest.approx(4 / 3 / fewer, abs=1e-3)
 
 
-def test_scale():
-    (comparison,) = run("scale", *TINY, "--batches", "1")
-    names = [c["name"] for c in comparison["contenders"]]
+def test_ranks_are_compared_and_all_is_written(tmp_path):
+    file = tmp_path / "a.json"
+    (comparison,) = run("scale", *TINY, "--batches", "1", "--json", str(file))
+    names = [row["name"] for row in comparison["contenders"]]
     assert names == ["1 rank", "1 rank, 2 threads", "2 ranks"] and comparison["images"] == 4
+    written = json.loads(file.read_text())
+    assert written["comparisons"] == [comparison] and written["versions"]["torch"]
+
+
+def test_memory_is_said_in_a_line(capsys):
+    benchmark.main(benchmark.parse_args(["memory", "--net", "resnet18", "--image_size", "64"]))
+    line = capsys.readouterr().out
+    assert line.startswith("resnet18 at 64 pixels, MB an image: ")
+    plain, checkpointed = (float(word.strip(",\n")) for word in line.split() if word[0].isdigit()
+                           and "." in word)  # fmt: skip
+    assert 0 < checkpointed < plain
 
 
 @pytest.mark.parametrize("net", ["gatevgg11", "gateresnet20", "gatemobilenetv2", "gatedensenet40"])
 def test_pruning_takes_no_more_memory_than_the_pass(net):
     """Activations weigh as in real batches; 5 % more would still be allowed."""
-    images, labels = random_batch(16, 32)
-    ways = {
-        "bare": (lambda model: forward_backward(model, images, labels), without_gates),
-        "ours": (lambda model: score_select_cut(model, images, labels, 0.5), lambda model: model),
-    }
-    peaks = {
-        name: peak_bytes(run, source(random_model(net)), CPU.device)
-        for name, (run, source) in ways.items()
-    }
-    assert 10 * images.nbytes < peaks["bare"] and peaks["ours"] < 1.05 * peaks["bare"]
+    batch = random_batch(16, 32)
+    bare, ours = benchmark.without_gates(random_model(net)), random_model(net)
+    pass_alone = measures.peak_bytes(benchmark.forward_backward, (bare, *batch), CPU.device)
+    scored = measures.peak_bytes(benchmark.score_select_cut, (ours, *batch, 0.5), CPU.device)
+    assert 10 * batch[0].nbytes < pass_alone and scored < 1.05 * pass_alone
 
 
 @pytest.mark.parametrize(
@@ -124,7 +161,8 @@ def test_pruning_takes_no_more_memory_than_the_pass(net):
         (["train", "--net", "gatevgg16", "--image_size", "16"], "do not fit gatevgg16"),
         (["prune", "--image_size", "8"], "do not fit gatevgg16"),
         (["scale", "--bs", "3"], "--bs 3 does not divide by the 2 ranks"),
-        (["train", "--json", "nowhere/a.json"], "nowhere/a.json: cannot be written"),
+        (["prune", *TINY, "--json", "nowhere/a.json"], "nowhere/a.json: cannot be written"),
+        (["prune", *TINY, "--json", "."], "cannot be written"),
         (["infer", "--checkpoint", "a.pth"], "--checkpoint and --pruned go together"),
     ],
 )

@@ -1,1 +1,0 @@
-"""How fast it is; see ``python -m tools.benchmark --help``."""
