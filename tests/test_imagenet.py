@@ -250,7 +250,7 @@ def test_convert_prune_fine_tune_reload(place, capsys):
     assert again["cost"]["params"]["before"] == result["cost"]["params"]["after"]
     smooth = run_gfbs("--p", "0.4", "--smooth", "--sched", "cosine", "--limit-train-batches", "1")
     log = (one_run("checkpoints/resnet18", "gfbs_p0.4_smooth_seed1") / "log.txt").read_text()
-    assert "stage 8/9: cut" in log and len(smooth["history"]) == 8 + 1
+    assert "round 8/9: cut" in log and len(smooth["history"]) == 8 + 1
     assert smooth["channels"] == result["channels"]
 
 
