@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import inspect
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,46 +58,36 @@ from utils.run.provenance import command_line, versions
 from utils.saliency import channel_saliency
 from utils.surgery import prune as cut
 
-Args, Compare = argparse.Namespace, Callable[..., dict[str, Any]]
+Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
-ACCELERATIONS = {  # by the flags of train.py that ask for it
-    flags or "ours": Acceleration(
-        "bf16" if "bf16" in flags else None,
-        *(f"--{flag}" in flags for flag in ("channels_last", "compile", "fused")),
-    )
-    for flags in (
-        "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
-        "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
-    )
-}  # fmt: skip
+SPEEDUPS = (  # the flags of train.py
+    "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
+    "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
+)  # fmt: skip
+exhaust = deque(maxlen=0).extend  # goes through all there is
 
 
-def data(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second come in: ours against PIL images one by one from a DataLoader.
 
     Small images (CIFAR): crop and flip, batch-wise from memory. With --folder, large images
     (ImageNet), too: decode, random crop of 224 pixels, flip, with as many worker processes.
     """
     samples = list_images(Path(args.folder))[0] if args.folder else []
-    images = noise(args.images, 32)
-    usual = CIFAR10.__new__(CIFAR10)  # the way to an image, without the files
+    ours, usual = noise_batches(args.images, args.bs, 32, runtime), CIFAR10.__new__(CIFAR10)
+    images = noise(args.images, 32)  # in torchvision's data set, which would read it from files
     usual.data, usual.targets = images.images.permute(0, 2, 3, 1).numpy(), images.labels.tolist()
     usual.target_transform = None
-    ours = ImageBatches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
-    crop = transforms.RandomCrop(32, padding=4)
-    yield compare("small images", args.images, ways_in(usual, crop, ours, args.workers))
+    ways = ways_in(usual, transforms.RandomCrop(32, padding=4), ours, args.workers)
+    yield compare("small images", ours.images, ways)
     if samples:
-        usual, crop = ImageFolder(args.folder), transforms.RandomResizedCrop(224)
         ours = FolderBatches(samples, args.bs, Crops(), runtime, workers=args.workers, augment=True)
-        try:
+        usual, crop = ImageFolder(args.folder), transforms.RandomResizedCrop(224)
+        with closing(ours):
             yield compare("large images", ours.images, ways_in(usual, crop, ours, args.workers))
-        finally:
-            ours.close()
 
 
-def ways_in(
-    usual: VisionDataset, crop: Any, ours: Any, workers: int
-) -> dict[str, Callable[[], None]]:
+def ways_in(usual: VisionDataset, crop: Any, ours: Any, workers: int) -> dict[str, Callable]:
     """An epoch of the same images through either."""
     device, pixels = ours.runtime.device, ours.normalisation
     usual.transform = transforms.Compose([
@@ -106,37 +98,40 @@ def ways_in(
     options = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
     loader = DataLoader(usual, ours.batch_size, shuffle=True, num_workers=workers, **options)
 
-    def one_by_one() -> None:
-        exhaust([part.to(device, non_blocking=True) for part in batch] for batch in loader)
+    def send(batch: Iterable[Tensor]) -> list[Tensor]:
+        return [part.to(device, non_blocking=True) for part in batch]
 
-    def batch_wise() -> None:
-        ours.set_epoch(0)
-        exhaust(ours)
+    return {
+        "PIL one by one": lambda: exhaust(map(send, loader)),
+        "ours": lambda: exhaust(ours.set_epoch(0) or ours),
+    }
 
-    return {"PIL one by one": one_by_one, "ours": batch_wise}
 
-
-def train(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second train: our loop against a plain one, eager, in float32.
 
     The plain loop runs the network without gates and asks for the loss and the hits of every batch.
     All go through the same batches, crops and flips of noise that is in memory.
     """
-    batches = noise_batches(args, runtime, args.batches)
-    model = without_gates(fresh_model(args.net)).to(runtime.device)
-    optimizer = CIFAR_BASELINE.optimizer(model)
-    runs = {"plain loop": partial(plain_epoch, model, optimizer, batches)}
-    for name, acceleration in ACCELERATIONS.items():
+    runs = {"plain loop": partial(plain_epoch, *training(args, runtime, gates=False))}
+    for flags in SPEEDUPS:
+        switches = (f"--{flag}" in flags for flag in ("channels_last", "compile", "fused"))
+        acceleration = Acceleration("bf16" if "bf16" in flags else None, *switches)
         if not (acceleration.compile and args.no_compile):
             here = select_runtime(runtime.device.type, runtime.gpus, acceleration=acceleration)
-            trainer = Trainer(fresh_model(args.net), CIFAR_BASELINE, here)
-            runs[name] = partial(our_epoch, trainer, batches)
-    yield compare(f"{args.net}, batch {args.bs}", batches.images, runs)
+            runs[flags or "ours"] = partial(our_epoch, *training(args, here))
+    yield compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
 
 
-def plain_epoch(model: nn.Module, optimizer: Any, batches: ImageBatches) -> tuple[float, float]:
+def training(args: Args, runtime: Runtime, gates: bool = True) -> tuple[Trainer, ImageBatches]:
+    """What an epoch takes; all networks have the same weights."""
+    batches = noise_batches(args.batches * args.bs, args.bs, image_size(args), runtime)
+    return Trainer(fresh_model(args.net, gates), CIFAR_BASELINE, runtime), batches
+
+
+def plain_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
     """What one writes without a second thought; returns the loss and the accuracy in %."""
-    model.train()
+    model, optimizer = trainer.model.train(), trainer.optimizer
     loss_sum, hits = 0.0, 0
     for images, labels in batches:
         logits = model(images)
@@ -157,7 +152,7 @@ def our_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
     return metrics.loss, metrics.accuracy
 
 
-def prune(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """What it costs to score, select and cut, against one bare forward and backward of that batch.
 
     Beside it torch-pruning (requirements-dev.txt), which does the same job by tracing: dependency
@@ -165,17 +160,16 @@ def prune(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, 
     below 1 cost more than the bare pass. Memory is the most that was allocated at any moment on top
     of the network and the batch.
     """
-    batch = next(iter(noise_batches(args, runtime)))
-    model = fresh_model(args.net).to(runtime.device)
-    bare = without_gates(model)
+    batch = noise_batch(args, runtime)
     runs = {"forward and backward": forward_backward, "ours": score_select_cut}
-    if importlib.util.find_spec("torch_pruning"):
+    if find_spec("torch_pruning"):
         runs["torch-pruning"] = with_torch_pruning
     else:
         print("torch-pruning is not installed, and left out; see requirements-dev.txt")
+    models = {name: fresh_model(args.net, name == "ours").to(runtime.device) for name in runs}
 
     def prepare(name: str) -> tuple[Any, ...]:
-        return copy.deepcopy(model if name == "ours" else bare), *batch, args.p
+        return copy.deepcopy(models[name]), *batch, args.p
 
     comparison = compare(f"{args.net}, batch {args.bs}", args.bs, runs, prepare=prepare)
     peaks = {name: peak_bytes(run, prepare(name), runtime.device) for name, run in runs.items()}
@@ -195,16 +189,15 @@ def score_select_cut(model: GatedModel, images: Tensor, labels: Tensor, p: float
 def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:
     from torch_pruning import importance, pruner
 
-    pruning = pruner.BasePruner(
-        model, images[:1], importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=p,
-        ignored_layers=[model.get_submodule(model.head)],
-    )  # fmt: skip
+    head, taylor = model.get_submodule(model.head), importance.GroupTaylorImportance()
+    options = {"global_pruning": True, "pruning_ratio": p, "ignored_layers": [head]}
+    pruning = pruner.BasePruner(model, images[:1], taylor, **options)
     forward_backward(model, images, labels)
     pruning.step()
     return model
 
 
-def infer(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def infer(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How long a batch takes to classify: unpruned and pruned, as they are and exported to pt2.
 
     The share of the multiply-adds' ratio that becomes real time is (t0 / t) / (m0 / m), of the
@@ -212,94 +205,84 @@ def infer(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, 
     and keep other channels than trained ones do; --checkpoint and --pruned take a network that was
     really pruned.
     """
-    unpruned, pruned = before_and_after(args, runtime)
-    images = next(iter(noise_batches(args, runtime)))[0]
-    side = images.shape[-1]
-    before, after = (model_cost(model.eval(), side).macs / 1e6 for model in (unpruned, pruned))
-    networks = {"unpruned": unpruned, "pruned": pruned}
+    networks, size = dict(before_and_after(args, runtime)), image_size(args)
+    before, after = (model_cost(model.eval(), size).macs / 1e6 for model in networks.values())
     for name, model in list(networks.items()):  # as a user of the .pt2 file has it: read back
-        networks[f"{name}, exported"] = to_pt2(deployable(model.cpu()), side)[1]
+        networks[f"{name}, exported"] = to_pt2(deployable(model.cpu()), size)[1]
     runs = {
-        name: partial(torch.inference_mode()(network.to(runtime.device).forward))
+        name: torch.inference_mode()(network.to(runtime.device).forward)
         for name, network in networks.items()
     }
-    for size in sorted({1, args.bs}):
-        take = partial(lambda size, name: (images[:size],), size)
-        title = f"{args.net}, batch {size}"
-        comparison = compare(title, size, runs, prepare=take, seconds=0.1)
+    images, _ = noise_batch(args, runtime)
+    for part in (images[:1], images)[args.bs == 1 :]:
+        title, take = f"{args.net}, batch {len(part)}", partial(lambda part, _: (part,), part)
+        comparison = compare(title, len(part), runs, prepare=take, seconds=0.1)
         times = {row["name"]: row["seconds"] for row in comparison["contenders"]}
         faster = speed(times["unpruned, exported"], times["pruned, exported"])
-        folded = speed(times["pruned"], times["pruned, exported"])
+        against, text = speed(times["pruned"], times["pruned, exported"]), "{:.2f} ({:.2f}, {:.2f})"
         comparison["facts"] = {
             "multiply-adds, M": f"{before:.1f} -> {after:.1f}",
             "fewer multiply-adds, times": round(before / after, 3),
-            "faster, exported against exported, times (lowest, highest)": faster,
+            "faster, exported against exported, times": text.format(*faster),
             "share of it that becomes time": round(faster[0] * after / before, 3),
-            "exported against not exported, pruned, times (lowest, highest)": folded,
+            "exported against not exported, pruned, times": text.format(*against),
         }
         yield comparison
 
 
-def before_and_after(args: Args, runtime: Runtime) -> tuple[GatedModel, GatedModel]:
+def before_and_after(args: Args, runtime: Runtime) -> Iterator[tuple[str, GatedModel]]:
     """The network unpruned and pruned; puts into ``args`` what its checkpoint says."""
     if bool(args.checkpoint) != bool(args.pruned):
         raise InputError("--checkpoint and --pruned go together: the same network before and after")
     if args.checkpoint:
         whole, pruned = load_checkpoint(args.checkpoint), load_checkpoint(args.pruned).model
-        args.net, args.image_size = whole.model.net, args.image_size or whole.meta.get("image_size")
+        model, args.net = whole.model, whole.model.net
+        args.image_size = args.image_size or whole.meta.get("image_size")
         if pruned.net != args.net:
             raise InputError(f"{args.pruned} is a {pruned.net}, {args.checkpoint} a {args.net}")
-        return whole.model, pruned
-    model = fresh_model(args.net).to(runtime.device)
-    saliency = channel_saliency(model, *next(iter(noise_batches(args, runtime))))
-    plan = select_channels(model.channel_groups(), saliency, args.p, round_to=args.round_to)
-    return model, cut(copy.deepcopy(model), plan)
+    else:
+        model = fresh_model(args.net).to(runtime.device)
+        saliency = channel_saliency(model, *noise_batch(args, runtime))
+        plan = select_channels(model.channel_groups(), saliency, args.p, round_to=args.round_to)
+        pruned = cut(copy.deepcopy(model), plan)
+    yield from {"unpruned": model, "pruned": pruned}.items()
 
 
-def scale(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second train on one rank and on two, which share every batch.
 
     On the CPU a rank computes in one thread, and one rank in two threads is measured beside it; on
     GPUs each rank has one of its own.
     """
     replace(runtime, world_size=RANKS).share(args.bs, "--bs")
-    places = {"cpu": RANKS, "cuda": torch.cuda.device_count()}.get(runtime.device.type, 0)
-    if places < RANKS:
-        raise InputError(f"{RANKS} ranks need {RANKS} GPUs or the CPU; use --device cpu")
-    noise_batches(args, runtime)  # images that do not fit are found out here
+    if runtime.device.type != "cpu" and torch.cuda.device_count() < RANKS:
+        raise InputError(f"{RANKS} ranks need {RANKS} GPUs; --device cpu does without")
+    image_size(args)  # so that images that do not fit are found out here
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (args, runtime.device.type, compare, folder), RANKS)
-        yield torch.load(Path(folder) / "comparison")
+        yield torch.load(f"{folder}/comparison")
 
 
 def _rank(rank: int, args: Args, device: str, compare: Compare, folder: str) -> None:
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    backend, store = ("cpu:gloo,cuda:nccl", "gloo")[device == "cpu"], f"file://{folder}/ranks"
+    backend, store = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", f"file://{folder}/ranks"
     dist.init_process_group(backend, store, rank=rank, world_size=RANKS)
     together = select_runtime(device, args.gpu)
     alone = replace(together, rank=0, world_size=1)
-    torch.set_num_threads(1)
 
-    def train_on(runtime: Runtime, ranks: int, threads: int = 1) -> Callable[[], None]:
-        trainer = Trainer(fresh_model(args.net), CIFAR_BASELINE, runtime)
-        batches = noise_batches(args, runtime, args.batches)
+    def run(ranks: int, threads: int, trainer: Trainer, batches: ImageBatches) -> None:
+        torch.set_num_threads(threads)
+        if rank < ranks:
+            our_epoch(trainer, batches)
+        dist.barrier()  # all begin the next run together
 
-        def run() -> None:
-            if rank < ranks:
-                torch.set_num_threads(threads)
-                our_epoch(trainer, batches)
-                torch.set_num_threads(1)
-            dist.barrier()  # all begin the next run together
-
-        return run
-
-    runs = {"1 rank": train_on(alone, 1)}
+    ways = {"1 rank": (1, 1, alone), f"{RANKS} ranks": (RANKS, 1, together)}
     if device == "cpu":
-        runs["1 rank, 2 threads"] = train_on(alone, 1, threads=2)
-    runs[f"{RANKS} ranks"] = train_on(together, RANKS)
+        ways["1 rank, 2 threads"] = (1, 2, alone)
+    runs = {name: partial(run, *way[:2], *training(args, way[2])) for name, way in ways.items()}
     result = compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
     if together.is_main:
-        torch.save(result, Path(folder) / "comparison")
+        torch.save(result, f"{folder}/comparison")
     leave()
 
 
@@ -316,17 +299,19 @@ def memory(args: Args) -> tuple[int, int]:
     return plain, checkpointed
 
 
-def fresh_model(net: str) -> GatedModel:
-    """The same weights every time."""
+def image_size(args: Args) -> int:
+    """Side of the images; InputError where they are too small for the network."""
+    size = args.image_size or (224 if args.net in IMAGENET_NETWORKS else 32)
+    model_cost(build_model(args.net), size)
+    return size
+
+
+def fresh_model(net: str, gates: bool = True) -> GatedModel:
+    """The same weights every time; without gates, as anybody else would have written it."""
     torch.manual_seed(0)
-    return build_model(net)
-
-
-def without_gates(model: GatedModel) -> GatedModel:
-    """A copy of the network as anybody else would have written it."""
-    model = copy.deepcopy(model)
+    model = build_model(net)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Gate):
+        if isinstance(module, Gate) and not gates:
             model.set_submodule(name, nn.Identity())
     return model
 
@@ -338,18 +323,12 @@ def noise(number: int, size: int) -> ImageSet:
     return ImageSet(images, torch.arange(number) % 10)
 
 
-def noise_batches(args: Args, runtime: Runtime, batches: int = 1) -> ImageBatches:
-    """Training batches, augmented; InputError where the images are too small for the network."""
-    size = args.image_size or (224 if args.net in IMAGENET_NETWORKS else 32)
-    model_cost(build_model(args.net), size)
-    images = noise(batches * args.bs, size)
-    return ImageBatches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
+def noise_batches(number: int, batch: int, size: int, runtime: Runtime) -> ImageBatches:
+    return ImageBatches(noise(number, size), batch, CIFAR10_NORMALISATION, runtime, augment=True)
 
 
-def exhaust(batches: Iterable[Any]) -> None:
-    """Go through all there is."""
-    for _ in batches:
-        pass
+def noise_batch(args: Args, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    return next(iter(noise_batches(args.bs, args.bs, image_size(args), runtime)))
 
 
 # fmt: off

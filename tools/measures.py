@@ -26,47 +26,36 @@ def compare(
     """Time the runs in turn, each once off the clock and once on it in every round.
 
     Every round begins with another one, so that what else the machine does disturbs all alike.
-
-    Args:
-        title, images: what is compared, and how many images a run goes through.
-        runs: by name; ratios refer to the first.
-        rounds: how many.
-        profiled: run each once more, to see which operators take the time.
-        prepare: makes the arguments of a run before it, off the clock.
-        seconds: repeat a short run until a round has measured so many; 0 for one run a round.
+    Each goes through ``images`` with the arguments that ``prepare`` makes for its name, off the
+    clock. Short runs are repeated until a round has measured ``seconds`` of them; 0 means one run.
+    ``profiled``: each runs once more, to show which operators take the time.
     """
-    names, times, profiles = list(runs), {name: [] for name in runs}, {}
-    timers = {
-        name: Timer("run(*arguments)", "arguments = prepare(name)",
-                    globals={"run": run, "prepare": prepare, "name": name},
-                    num_threads=torch.get_num_threads())
-        for name, run in runs.items()
-    }  # fmt: skip
-    for first in range(rounds):
-        first %= len(names)
-        for name in [*names[first:], *names[:first]]:
-            gc.collect()  # what others left behind
-            times[name].append(timers[name].blocked_autorange(min_run_time=seconds))
-    for name, run in runs.items() if profiled else ():
+    names, rows, profiles = list(runs), [], {}
+    times: dict[str, list[Measurement]] = {name: [] for name in names}
+    for turn in range(rounds):
+        turn %= len(names)
+        for name in names[turn:] + names[:turn]:
+            timer = Timer(
+                "run(*arguments)", "arguments = prepare(name)",
+                globals={"run": runs[name], "prepare": prepare, "name": name},
+                num_threads=torch.get_num_threads(),
+            )  # fmt: skip
+            times[name].append(timer.blocked_autorange(min_run_time=seconds))
+    for name, results in times.items():
+        per_round = [result.median for result in results]
+        ratio, lowest, highest = speed([result.median for result in times[names[0]]], per_round)
+        rows.append({
+            "name": name, "seconds": per_round, "median": median(per_round),
+            "iqr": Measurement.merge(results)[0].iqr, "images_per_second": images / median(per_round),
+            "speed": ratio, "speed_lowest": lowest, "speed_highest": highest,
+        })  # fmt: skip
+    for name in names if profiled else ():
         arguments, kind = prepare(name), "device" if torch.cuda.is_available() else "cpu"
         with quiet_profile() as watched:
-            run(*arguments)
+            runs[name](*arguments)
         table = watched.key_averages().table
         profiles[name] = table(f"self_{kind}_time_total", 10, max_name_column_width=40)
-    rows = [_row(name, images, times[name], times[names[0]]) for name in names]
     return {"title": title, "images": images, "contenders": rows, "profiles": profiles}
-
-
-def _row(
-    name: str, images: int, rounds: list[Measurement], reference: list[Measurement]
-) -> dict[str, Any]:
-    (total,), seconds = Measurement.merge(rounds), [measured.median for measured in rounds]
-    ratio, lowest, highest = speed([measured.median for measured in reference], seconds)
-    return {
-        "name": name, "seconds": seconds, "median": median(seconds), "iqr": total.iqr,
-        "images_per_second": images / median(seconds),
-        "speed": ratio, "speed_lowest": lowest, "speed_highest": highest,
-    }  # fmt: skip
 
 
 def speed(reference: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
@@ -78,15 +67,13 @@ def speed(reference: Sequence[float], times: Sequence[float]) -> tuple[float, fl
 
 
 def as_text(comparison: Mapping[str, Any]) -> str:
-    """What ``compare`` returned as a table, with "facts" that were added to it below."""
-    width = max(
-        len(row["name"]) for row in [*comparison["contenders"], {"name": comparison["title"]}]
-    )
-    row = ("{name:{width}}  {median:8.4f}  {iqr:8.4f}  {images_per_second:9.0f}  {speed:6.2f}"
-           "  ({speed_lowest:.2f}, {speed_highest:.2f})")  # fmt: skip
-    head = "   seconds       iqr   images/s   speed  (lowest, highest round)"
-    lines = [f"{comparison['title']:{width}}{head}"]
-    lines += [row.format(width=width, **values) for values in comparison["contenders"]]
+    """The table of what ``compare`` returned, and "facts" that were added to it."""
+    rows, title = comparison["contenders"], comparison["title"]
+    width = max(len(name) for name in [title, *(row["name"] for row in rows)])
+    form = ("{name:{width}}  {median:8.4f}  {iqr:8.4f}  {images_per_second:9.0f}  {speed:6.2f}"
+            "  ({speed_lowest:.2f}, {speed_highest:.2f})")  # fmt: skip
+    lines = [f"{title:{width}}   seconds       iqr   images/s   speed  (lowest, highest round)"]
+    lines += [form.format(width=width, **row) for row in rows]
     lines += [f"{name}: {value}" for name, value in comparison.get("facts", {}).items()]
     return "\n".join(
         lines + [f"\n{name}:\n{text}" for name, text in comparison["profiles"].items()]
