@@ -16,86 +16,68 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import inspect
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
 
-from models import IMAGENET_NETWORKS, NETWORKS, Gate, GatedModel, build_model
+from models import NETWORKS, build_model
+from tools import measures
 from tools.export import deployable, to_pt2
-from tools.measures import as_text, compare, peak_bytes, saved_bytes, speed
-from utils.checkpoint import load_checkpoint
 from utils.cli.flags import add_device_flags
 from utils.cli.parser import Parser, count, count_or_zero, network, ratio, run_script
 from utils.cost import model_cost
 from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_images
-from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
+from utils.data.small import ImageBatches
 from utils.distributed import Acceleration, Runtime, leave, select_runtime
 from utils.errors import InputError
 from utils.files import write_json
 from utils.finetune import Trainer
-from utils.metrics import RunningMetrics
-from utils.pruning import select_channels
-from utils.recipes import CIFAR_BASELINE
 from utils.run.provenance import command_line, versions
-from utils.saliency import channel_saliency
-from utils.surgery import prune as cut
 
-Args, Compare = argparse.Namespace, Callable[..., dict[str, Any]]
+Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
-ACCELERATIONS = {  # by the flags of train.py that ask for it
-    flags or "ours": Acceleration(
-        "bf16" if "bf16" in flags else None,
-        *(f"--{flag}" in flags for flag in ("channels_last", "compile", "fused")),
-    )
-    for flags in (
-        "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
-        "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
-    )
-}  # fmt: skip
+SPEEDUPS = (  # the flags of train.py
+    "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
+    "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
+)  # fmt: skip
 
 
-def data(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second come in: ours against PIL images one by one from a DataLoader.
 
-    Small images (CIFAR): crop and flip, batch-wise from memory. With --folder, large images
-    (ImageNet), too: decode, random crop of 224 pixels, flip, with as many worker processes.
+    Small images are in memory. With --folder, large ones, too, by as many worker processes.
     """
     samples = list_images(Path(args.folder))[0] if args.folder else []
-    images = noise(args.images, 32)
-    usual = CIFAR10.__new__(CIFAR10)  # the way to an image, without the files
-    usual.data, usual.targets = images.images.permute(0, 2, 3, 1).numpy(), images.labels.tolist()
-    usual.target_transform = None
-    ours = ImageBatches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
-    crop = transforms.RandomCrop(32, padding=4)
-    yield compare("small images", args.images, ways_in(usual, crop, ours, args.workers))
+    ours, images = measures.noise_batches(args.images, args.bs, 32, runtime)
+    usual = CIFAR10.__new__(CIFAR10)  # torchvision's way to an image, without its files
+    usual.data = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+    usual.targets, usual.target_transform = images.labels.tolist(), None
+    ways = ways_in(usual, transforms.RandomCrop(32, padding=4), ours, args.workers)
+    yield compare("small images", ours.images, ways)
     if samples:
-        usual, crop = ImageFolder(args.folder), transforms.RandomResizedCrop(224)
         ours = FolderBatches(samples, args.bs, Crops(), runtime, workers=args.workers, augment=True)
-        try:
+        usual, crop = ImageFolder(args.folder), transforms.RandomResizedCrop(224)
+        with closing(ours):
             yield compare("large images", ours.images, ways_in(usual, crop, ours, args.workers))
-        finally:
-            ours.close()
 
 
-def ways_in(
-    usual: VisionDataset, crop: Any, ours: Any, workers: int
-) -> dict[str, Callable[[], None]]:
+def ways_in(usual: VisionDataset, crop: Any, ours: Any, workers: int) -> dict[str, Callable]:
     """An epoch of the same images through either."""
     device, pixels = ours.runtime.device, ours.normalisation
     usual.transform = transforms.Compose([
@@ -106,250 +88,133 @@ def ways_in(
     options = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
     loader = DataLoader(usual, ours.batch_size, shuffle=True, num_workers=workers, **options)
 
-    def one_by_one() -> None:
-        exhaust([part.to(device, non_blocking=True) for part in batch] for batch in loader)
+    def send(batch: Iterable[Tensor]) -> list[Tensor]:
+        return [part.to(device, non_blocking=True) for part in batch]
 
-    def batch_wise() -> None:
-        ours.set_epoch(0)
-        exhaust(ours)
+    return {
+        "PIL one by one": lambda: measures.exhaust(map(send, loader)),
+        "ours": lambda: measures.exhaust(ours.set_epoch(0) or ours),
+    }
 
-    return {"PIL one by one": one_by_one, "ours": batch_wise}
 
-
-def train(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second train: our loop against a plain one, eager, in float32.
 
     The plain loop runs the network without gates and asks for the loss and the hits of every batch.
-    All go through the same batches, crops and flips of noise that is in memory.
     """
-    batches = noise_batches(args, runtime, args.batches)
-    model = without_gates(fresh_model(args.net)).to(runtime.device)
-    optimizer = CIFAR_BASELINE.optimizer(model)
-    runs = {"plain loop": partial(plain_epoch, model, optimizer, batches)}
-    for name, acceleration in ACCELERATIONS.items():
+    plain = measures.training(args, runtime, gates=False)
+    runs = {"plain loop": partial(measures.plain_epoch, *plain)}
+    for flags in SPEEDUPS:
+        switches = (f"--{flag}" in flags for flag in ("channels_last", "compile", "fused"))
+        acceleration = Acceleration("bf16" if "bf16" in flags else None, *switches)
         if not (acceleration.compile and args.no_compile):
             here = select_runtime(runtime.device.type, runtime.gpus, acceleration=acceleration)
-            trainer = Trainer(fresh_model(args.net), CIFAR_BASELINE, here)
-            runs[name] = partial(our_epoch, trainer, batches)
-    yield compare(f"{args.net}, batch {args.bs}", batches.images, runs)
+            runs[flags or "ours"] = partial(measures.our_epoch, *measures.training(args, here))
+    yield compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
 
 
-def plain_epoch(model: nn.Module, optimizer: Any, batches: ImageBatches) -> tuple[float, float]:
-    """What one writes without a second thought; returns the loss and the accuracy in %."""
-    model.train()
-    loss_sum, hits = 0.0, 0
-    for images, labels in batches:
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item() * len(labels)
-        hits += (logits.argmax(1) == labels).sum().item()
-    return loss_sum / batches.images, 100 * hits / batches.images
-
-
-def our_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
-    """That of ``utils.finetune``, without its progress bar."""
-    sums = RunningMetrics(trainer.runtime)
-    exhaust(trainer.train(batches, sums, "the benchmark"))
-    metrics = sums.metrics()
-    return metrics.loss, metrics.accuracy
-
-
-def prune(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """What it costs to score, select and cut, against one bare forward and backward of that batch.
 
-    Beside it torch-pruning (requirements-dev.txt), which does the same job by tracing: dependency
-    graph, Taylor importance, prune. It and the bare pass run the network without gates. Speeds
-    below 1 cost more than the bare pass. Memory is the most that was allocated at any moment on top
-    of the network and the batch.
+    Beside it torch-pruning: dependency graph, Taylor importance, prune. It and the bare pass run
+    without gates. Memory is the most that was allocated on top of network and batch.
     """
-    batch = next(iter(noise_batches(args, runtime)))
-    model = fresh_model(args.net).to(runtime.device)
-    bare = without_gates(model)
-    runs = {"forward and backward": forward_backward, "ours": score_select_cut}
-    if importlib.util.find_spec("torch_pruning"):
-        runs["torch-pruning"] = with_torch_pruning
-    else:
-        print("torch-pruning is not installed, and left out; see requirements-dev.txt")
+    batch = measures.noise_batch(args, runtime)
+    runs = {"forward and backward": measures.forward_backward, "ours": measures.score_select_cut}
+    if find_spec("torch_pruning"):  # it is in requirements-dev.txt
+        runs["torch-pruning"] = measures.with_torch_pruning
+    models = {g: measures.fresh_model(args.net, g).to(runtime.device) for g in (True, False)}
 
     def prepare(name: str) -> tuple[Any, ...]:
-        return copy.deepcopy(model if name == "ours" else bare), *batch, args.p
+        return copy.deepcopy(models[name == "ours"]), *batch, args.p
 
     comparison = compare(f"{args.net}, batch {args.bs}", args.bs, runs, prepare=prepare)
-    peaks = {name: peak_bytes(run, prepare(name), runtime.device) for name, run in runs.items()}
-    facts = {f"peak memory, MB, {name}": round(peak / 1e6, 1) for name, peak in peaks.items()}
-    yield {**comparison, "facts": facts}
+    for name, run in runs.items():
+        peak = measures.peak_bytes(run, prepare(name), runtime.device)
+        comparison["facts"][f"peak memory, MB, {name}"] = round(peak / 1e6, 1)
+    yield comparison
 
 
-def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, _: float = 0) -> None:
-    F.cross_entropy(model.train()(images), labels).backward()
-
-
-def score_select_cut(model: GatedModel, images: Tensor, labels: Tensor, p: float) -> nn.Module:
-    saliency = channel_saliency(model, images, labels)
-    return cut(model, select_channels(model.channel_groups(), saliency, p))
-
-
-def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:
-    from torch_pruning import importance, pruner
-
-    pruning = pruner.BasePruner(
-        model, images[:1], importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=p,
-        ignored_layers=[model.get_submodule(model.head)],
-    )  # fmt: skip
-    forward_backward(model, images, labels)
-    pruning.step()
-    return model
-
-
-def infer(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def infer(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How long a batch takes to classify: unpruned and pruned, as they are and exported to pt2.
 
     The share of the multiply-adds' ratio that becomes real time is (t0 / t) / (m0 / m), of the
-    exported pruned network against the exported unpruned one. Fresh weights are scored on noise,
-    and keep other channels than trained ones do; --checkpoint and --pruned take a network that was
-    really pruned.
+    exported pruned network against the exported unpruned one. Fresh weights are scored on noise;
+    --checkpoint and --pruned take a network that was really pruned.
     """
-    unpruned, pruned = before_and_after(args, runtime)
-    images = next(iter(noise_batches(args, runtime)))[0]
-    side = images.shape[-1]
-    before, after = (model_cost(model.eval(), side).macs / 1e6 for model in (unpruned, pruned))
-    networks = {"unpruned": unpruned, "pruned": pruned}
+    networks, size = dict(measures.before_and_after(args, runtime)), measures.image_size(args)
+    before, after = (model_cost(model.eval(), size).macs / 1e6 for model in networks.values())
     for name, model in list(networks.items()):  # as a user of the .pt2 file has it: read back
-        networks[f"{name}, exported"] = to_pt2(deployable(model.cpu()), side)[1]
+        networks[f"{name}, exported"] = to_pt2(deployable(model.cpu()), size)[1]
     runs = {
-        name: partial(torch.inference_mode()(network.to(runtime.device).forward))
+        name: torch.inference_mode()(network.to(runtime.device).forward)
         for name, network in networks.items()
     }
-    for size in sorted({1, args.bs}):
-        take = partial(lambda size, name: (images[:size],), size)
-        title = f"{args.net}, batch {size}"
-        comparison = compare(title, size, runs, prepare=take, seconds=0.1)
+    images, _ = measures.noise_batch(args, runtime)
+    for part in (images[:1], images)[args.bs == 1 :]:
+        title, take = f"{args.net}, batch {len(part)}", partial(lambda part, _: (part,), part)
+        comparison = compare(title, len(part), runs, prepare=take, seconds=0.1)
         times = {row["name"]: row["seconds"] for row in comparison["contenders"]}
-        faster = speed(times["unpruned, exported"], times["pruned, exported"])
-        folded = speed(times["pruned"], times["pruned, exported"])
-        comparison["facts"] = {
+        faster = measures.speed(times["unpruned, exported"], times["pruned, exported"])
+        folded = measures.speed(times["pruned"], times["pruned, exported"])
+        text = "{:.2f} ({:.2f}, {:.2f})"
+        comparison["facts"] |= {
             "multiply-adds, M": f"{before:.1f} -> {after:.1f}",
             "fewer multiply-adds, times": round(before / after, 3),
-            "faster, exported against exported, times (lowest, highest)": faster,
+            "faster, exported against exported, times": text.format(*faster),
             "share of it that becomes time": round(faster[0] * after / before, 3),
-            "exported against not exported, pruned, times (lowest, highest)": folded,
+            "exported against not exported, pruned, times": text.format(*folded),
         }
         yield comparison
 
 
-def before_and_after(args: Args, runtime: Runtime) -> tuple[GatedModel, GatedModel]:
-    """The network unpruned and pruned; puts into ``args`` what its checkpoint says."""
-    if bool(args.checkpoint) != bool(args.pruned):
-        raise InputError("--checkpoint and --pruned go together: the same network before and after")
-    if args.checkpoint:
-        whole, pruned = load_checkpoint(args.checkpoint), load_checkpoint(args.pruned).model
-        args.net, args.image_size = whole.model.net, args.image_size or whole.meta.get("image_size")
-        if pruned.net != args.net:
-            raise InputError(f"{args.pruned} is a {pruned.net}, {args.checkpoint} a {args.net}")
-        return whole.model, pruned
-    model = fresh_model(args.net).to(runtime.device)
-    saliency = channel_saliency(model, *next(iter(noise_batches(args, runtime))))
-    plan = select_channels(model.channel_groups(), saliency, args.p, round_to=args.round_to)
-    return model, cut(copy.deepcopy(model), plan)
-
-
-def scale(args: Args, runtime: Runtime, compare: Compare) -> Iterator[dict[str, Any]]:
+def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     """How many images a second train on one rank and on two, which share every batch.
 
-    On the CPU a rank computes in one thread, and one rank in two threads is measured beside it; on
-    GPUs each rank has one of its own.
+    On the CPU a rank has one thread, and one rank with two is measured beside it.
     """
     replace(runtime, world_size=RANKS).share(args.bs, "--bs")
-    places = {"cpu": RANKS, "cuda": torch.cuda.device_count()}.get(runtime.device.type, 0)
-    if places < RANKS:
-        raise InputError(f"{RANKS} ranks need {RANKS} GPUs or the CPU; use --device cpu")
-    noise_batches(args, runtime)  # images that do not fit are found out here
+    if runtime.device.type != "cpu" and torch.cuda.device_count() < RANKS:
+        raise InputError(f"{RANKS} ranks need {RANKS} GPUs; --device cpu does without")
+    measures.image_size(args)  # so that images that do not fit are found out here
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (args, runtime.device.type, compare, folder), RANKS)
-        yield torch.load(Path(folder) / "comparison")
+        yield torch.load(f"{folder}/comparison")
 
 
 def _rank(rank: int, args: Args, device: str, compare: Compare, folder: str) -> None:
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    backend, store = ("cpu:gloo,cuda:nccl", "gloo")[device == "cpu"], f"file://{folder}/ranks"
+    backend, store = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", f"file://{folder}/ranks"
     dist.init_process_group(backend, store, rank=rank, world_size=RANKS)
     together = select_runtime(device, args.gpu)
     alone = replace(together, rank=0, world_size=1)
-    torch.set_num_threads(1)
 
-    def train_on(runtime: Runtime, ranks: int, threads: int = 1) -> Callable[[], None]:
-        trainer = Trainer(fresh_model(args.net), CIFAR_BASELINE, runtime)
-        batches = noise_batches(args, runtime, args.batches)
+    def run(ranks: int, threads: int, trainer: Trainer, batches: ImageBatches) -> None:
+        torch.set_num_threads(threads)
+        if rank < ranks:
+            measures.our_epoch(trainer, batches)
+        dist.barrier()  # all begin the next run together
 
-        def run() -> None:
-            if rank < ranks:
-                torch.set_num_threads(threads)
-                our_epoch(trainer, batches)
-                torch.set_num_threads(1)
-            dist.barrier()  # all begin the next run together
-
-        return run
-
-    runs = {"1 rank": train_on(alone, 1)}
+    ways = {"1 rank": (1, 1, alone), f"{RANKS} ranks": (RANKS, 1, together)}
     if device == "cpu":
-        runs["1 rank, 2 threads"] = train_on(alone, 1, threads=2)
-    runs[f"{RANKS} ranks"] = train_on(together, RANKS)
+        ways["1 rank, 2 threads"] = (1, 2, alone)
+    runs = {n: partial(run, *way[:2], *measures.training(args, way[2])) for n, way in ways.items()}
     result = compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
     if together.is_main:
-        torch.save(result, Path(folder) / "comparison")
+        torch.save(result, f"{folder}/comparison")
     leave()
 
 
 def memory(args: Args) -> tuple[int, int]:
-    """How much memory an image costs in training and in scoring: bytes kept for the backward pass.
+    """How much memory an image in training and and in scoring: bytes kept for the backward pass.
 
-    Counted from the tensors that autograd saves in float32, on shapes without data, so it needs
-    neither a GPU nor the memory. Optimiser, gradients and weights come on top: 12 bytes a parameter
-    together.
+    Counted from the tensors that autograd saves in float32, on shapes without data. Optimiser,
+    gradients and weights come on top: 12 bytes a parameter together.
     """
-    plain, checkpointed = saved_bytes(build_model(args.net), args.image_size)
+    plain, checkpointed = measures.saved_bytes(build_model(args.net), args.image_size)
     print(f"{args.net} at {args.image_size} pixels, MB an image: {plain / 1e6:.1f}"
           f", with --checkpoint_activations {checkpointed / 1e6:.1f}")  # fmt: skip
     return plain, checkpointed
-
-
-def fresh_model(net: str) -> GatedModel:
-    """The same weights every time."""
-    torch.manual_seed(0)
-    return build_model(net)
-
-
-def without_gates(model: GatedModel) -> GatedModel:
-    """A copy of the network as anybody else would have written it."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Gate):
-            model.set_submodule(name, nn.Identity())
-    return model
-
-
-def noise(number: int, size: int) -> ImageSet:
-    """Images that cost what others do."""
-    stream = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (number, 3, size, size), dtype=torch.uint8, generator=stream)
-    return ImageSet(images, torch.arange(number) % 10)
-
-
-def noise_batches(args: Args, runtime: Runtime, batches: int = 1) -> ImageBatches:
-    """Training batches, augmented; InputError where the images are too small for the network."""
-    size = args.image_size or (224 if args.net in IMAGENET_NETWORKS else 32)
-    model_cost(build_model(args.net), size)
-    images = noise(batches * args.bs, size)
-    return ImageBatches(images, args.bs, CIFAR10_NORMALISATION, runtime, augment=True)
-
-
-def exhaust(batches: Iterable[Any]) -> None:
-    """Go through all there is."""
-    for _ in batches:
-        pass
 
 
 # fmt: off
@@ -407,20 +272,20 @@ def main(args: Args) -> dict[str, Any] | tuple[int, int]:
         os.path.isdir(args.json) or not os.access(Path(args.json).resolve().parent, os.W_OK)
     ):
         raise InputError(
-            f"--json {args.json}: cannot be written; name a file in a folder that is there"
+            f"--json {args.json}: cannot be written; name a file in an existing folder"
         )
     runtime = select_runtime(args.device, args.gpu)
     runtime = replace(runtime, gpus=runtime.gpus[:1])  # one against one
     if runtime.gpus:
         torch.cuda.set_device(runtime.device)  # the one that the timer waits for
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler has much to say
     print(f"{runtime}; {args.rounds} rounds", flush=True)
     result = {"command": command_line(), "versions": versions(), "device": str(runtime),
               "processor": torch.backends.cpu.get_cpu_capability(), "comparisons": []}  # fmt: skip
-    for comparison in ask(
-        args, runtime, partial(compare, rounds=args.rounds, profiled=args.profile)
-    ):
+    compare = partial(measures.compare, rounds=args.rounds, profiled=args.profile)
+    for comparison in ask(args, runtime, compare):
         result["comparisons"].append(comparison)
-        print(f"\n{as_text(comparison)}", flush=True)
+        print(f"\n{measures.as_text(comparison)}", flush=True)
     if args.json:
         write_json(args.json, result)
     return result
