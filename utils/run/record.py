@@ -39,23 +39,23 @@ class Measurement:
 
 @dataclass
 class Record:
-    """What is known of a run so far. Every field is plain JSON.
+    """What a run knows so far. Every field is plain JSON.
 
     Attributes:
-        net, dataset, seed: what was trained, on what.
+        net, dataset, seed: what is trained, on what.
         accuracy, top5: per cent on the test set: ``baseline``, ``after_surgery``,
-            ``recalibrated``, ``last`` and ``best`` epoch, ``best_epoch``.
-        cost: MACs and parameters; of a pruning run ``before`` and ``after`` of each.
+            ``recalibrated``, ``last`` and ``best`` epoch; and the number ``best_epoch``.
+        cost: MACs and parameters; in a pruning run ``before`` and ``after`` of each.
         history: every epoch (``utils.finetune.Epoch``), with ``round`` and ``tested_on``.
-        holdout: accuracies on the images that chose the best epoch, where there are any.
-        criterion, method: what scores a channel, and in how many rounds channels go, in words.
+        holdout: accuracies on the holdout, which chose the best epoch; None without a holdout.
+        criterion, method: what scores a channel, and in which rounds channels go, in words.
         ratio: share of the gate entries ``asked`` (None with a budget) and ``reached``.
-        budget: shares of ``macs`` or ``params`` that were to stay; None for the other.
-        baseline: configuration of the run that made the baseline, if its file says.
-        gate_entries, channels: ``before`` and ``after``, all together and by channel group.
-        held_at_floor: groups that keep more channels than asked, at the floor.
-        rounds: size and accuracy after every round that cut something.
-        command, config, versions, wall_time_seconds: what it takes to repeat the run.
+        budget: shares of ``macs`` or ``params`` that may stay; None for the other.
+        baseline: ``config`` of the run that made the baseline, if its file names it.
+        gate_entries, channels: ``before`` and ``after``, in total and by channel group.
+        held_at_floor: groups that keep more channels than selected, to reach the minimum.
+        rounds: size and accuracy after every round that scored and cut.
+        command, config, versions, wall_time_seconds: what repeating the run takes.
     """
 
     net: str
@@ -82,49 +82,52 @@ class Record:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Record:
-        """The inverse of ``as_json``; what this version does not know is left out.
+        """The inverse of ``as_json``; unknown fields are ignored.
 
-        Raises KeyError with the name of what every record holds and this one lacks.
+        Raises KeyError, with its name, if a field is missing that every record has.
         """
-        needed = {name: content[name] for name in ("net", "dataset", "seed")}
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        return cls(**{**known, **needed})
+        needed = ("net", "dataset", "seed")
+        names = [f.name for f in fields(cls) if f.name in content or f.name in needed]
+        return cls(**{name: content[name] for name in names})
 
     def as_json(self) -> dict[str, Any]:
         """Without the fields that this kind of run does not have."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def begin_pruning(self, before: Measurement, baseline: Mapping[str, Any] | None) -> None:
-        """Note the network before anything is cut, and the configuration that made it."""
+        """Note the network before any cut, and the configuration of the run that made it."""
         self.baseline = {"config": baseline and dict(baseline)}
-        for kind in KINDS:
-            getattr(self, kind)["baseline"] = getattr(before.metrics, kind)
-        self.cost = {
-            name: {"before": value, "after": value} for name, value in vars(before.cost).items()
-        }
-        entries = before.gate_entries
-        self.gate_entries = {"before": entries, "after": entries}
-        self.channels = {name: {"before": w, "after": w} for name, w in before.widths.items()}
+        self._note_accuracy("baseline", before.metrics)
+        self.cost = {name: {"before": value} for name, value in vars(before.cost).items()}
+        self.gate_entries = {"before": before.gate_entries}
+        self.channels = {name: {"before": width} for name, width in before.widths.items()}
         self.held_at_floor, self.rounds = [], []
+        self._note_size(before)
 
     def add_cut(self, plan: PruningPlan, after: Measurement, recalibrated: Metrics | None) -> None:
-        """Note what a round has cut. ``after`` says how the network is since then."""
-        for kind in KINDS:
-            getattr(self, kind)["after_surgery"] = getattr(after.metrics, kind)
-            if recalibrated:
-                getattr(self, kind)["recalibrated"] = getattr(recalibrated, kind)
-        self.gate_entries["after"] = after.gate_entries
+        """Note what a round has cut, and the network after the cut."""
+        self._note_accuracy("after_surgery", after.metrics)
+        if recalibrated:
+            self._note_accuracy("recalibrated", recalibrated)
+        self._note_size(after)
         self.ratio["reached"] = 1 - after.gate_entries / self.gate_entries["before"]
-        for name, value in vars(after.cost).items():
-            self.cost[name]["after"] = value
-        for name, width in after.widths.items():
-            self.channels[name]["after"] = width
         self.held_at_floor = list(plan.held_at_floor)
         self.rounds.append({
             "ratio": self.ratio["reached"], **vars(after.cost),
             "after_surgery": after.metrics.accuracy,
             "recalibrated": recalibrated and recalibrated.accuracy,
         })  # fmt: skip
+
+    def _note_accuracy(self, when: str, metrics: Metrics) -> None:
+        for kind in KINDS:
+            getattr(self, kind)[when] = getattr(metrics, kind)
+
+    def _note_size(self, now: Measurement) -> None:
+        self.gate_entries["after"] = now.gate_entries
+        for name, value in vars(now.cost).items():
+            self.cost[name]["after"] = value
+        for name, width in now.widths.items():
+            self.channels[name]["after"] = width
 
     @property
     def shrunk(self) -> set[str]:
@@ -135,28 +138,25 @@ class Record:
     @property
     def size_before(self) -> dict[str, int]:
         """``gate_entries``, ``macs`` and ``params`` of the network before the first round."""
-        sizes = {name: cost["before"] for name, cost in self.cost.items()}
-        return {"gate_entries": self.gate_entries["before"], **sizes}
+        sizes = {"gate_entries": self.gate_entries, **self.cost}
+        return {name: size["before"] for name, size in sizes.items()}
 
     def add_epoch(self, epoch: Epoch, round_number: int, tested_on: str) -> None:
         self.history.append({**epoch.as_dict(), "round": round_number, "tested_on": tested_on})
 
     def epochs(self, round_number: int) -> list[Epoch]:
-        """The epochs of one round."""
+        """The epochs of one round; rounds count from 1."""
         return [Epoch.from_dict(e) for e in self.history if e["round"] == round_number]
 
     def best(self, round_number: int) -> Epoch | None:
-        """The epoch of a round that was best on the images that choose; the first of equals."""
+        """The epoch of a round with the best test or holdout accuracy; the first of equals."""
         return max(self.epochs(round_number), key=lambda epoch: epoch.test.accuracy, default=None)
 
-    def note_epochs(self, round_number: int) -> dict[str, dict[str, Any]]:
-        """Last and best epoch of a round, by kind of accuracy; None without any epoch."""
-        last, best = (self.epochs(round_number) or [None])[-1], self.best(round_number)
-        return {
-            kind: {
-                "last": last and getattr(last.test, kind),
-                "best": best and getattr(best.test, kind),
-                "best_epoch": best and best.number,
-            }
-            for kind in KINDS
-        }  # fmt: skip
+
+def last_and_best(last: Metrics | None, best: Metrics | None, epoch: int | None) -> dict[str, Any]:
+    """By kind of accuracy, ``last``, ``best`` and ``best_epoch`` as ``Record`` holds them."""
+    return {
+        kind: {"last": getattr(last, kind, None), "best": getattr(best, kind, None),
+               "best_epoch": epoch}
+        for kind in KINDS
+    }  # fmt: skip

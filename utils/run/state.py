@@ -1,4 +1,4 @@
-"""Where a run is: everything that last.pth holds to continue it to the same bits."""
+"""Where a run is: everything that last.pth holds, to continue the run to the same bits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ class RunState:
     Attributes:
         model: the bare network as it is now.
         record: what is known so far.
-        plan: the channels kept of the network that the run began with, as planned so far.
+        plan: all channels planned so far to stay, as indices of the baseline's channels.
         round: index of the present round.
-        training: where ``utils.finetune.fit`` is in this round, as its ``resume`` takes it: epoch,
-            batch, sums of the begun epoch, optimiser, schedule, gradient scaler. None before the
-            round's cut.
-        seconds: how long earlier processes have worked on the run, up to their last checkpoint.
+        training: None until the cut of this round is done; in a resumed run, the state of ``fit``
+            that its ``resume`` takes: epoch, batch, sums of the begun epoch, optimiser, ...
+        seconds: how long earlier processes worked on the run, up to their last checkpoint.
     """
 
     model: GatedModel
@@ -47,7 +46,7 @@ class RunState:
     def to_save(
         self, training: Mapping[str, Any], runtime: Runtime, seconds: float
     ) -> dict[str, Any]:
-        """What last.pth holds besides the weights; ``training`` is the state of ``fit`` by now."""
+        """What last.pth holds besides the weights; ``training`` is the present state of ``fit``."""
         return {
             **training, "round": self.round, "plan": self.plan.keep,
             "record": self.record.as_json(), "seconds": seconds, "place": place_of(runtime),
@@ -56,13 +55,11 @@ class RunState:
 
     @classmethod
     def from_checkpoint(cls, last: Checkpoint) -> RunState:
-        """The state that a last.pth holds; the random streams continue from there, too."""
+        """The state that a last.pth holds. Every random stream is set to its saved state, too."""
         saved = last.meta["training"]
         set_random_state(saved["random"])
-        return cls(
-            last.model, Record.from_json(saved["record"]), PruningPlan(saved["plan"]),
-            saved["round"], saved, saved["seconds"],
-        )  # fmt: skip
+        record, plan = Record.from_json(saved["record"]), PruningPlan(saved["plan"])
+        return cls(last.model, record, plan, saved["round"], saved, saved["seconds"])
 
 
 def place_of(runtime: Runtime) -> dict[str, int]:
@@ -72,7 +69,7 @@ def place_of(runtime: Runtime) -> dict[str, int]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random stream: of Python, NumPy, torch, and CUDA where there is one."""
+    """The states of Python's, NumPy's, torch's and CUDA's generators, as tensors and numbers."""
     version, python, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
@@ -84,7 +81,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of ``random_state``; CUDA's stays where the number of GPUs is another."""
+    """The inverse of ``random_state``. With another number of GPUs, CUDA's state is not set."""
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     name, keys, *rest = state["numpy"]
