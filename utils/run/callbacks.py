@@ -18,11 +18,7 @@ from utils.run.state import RunState
 class RunCallback(Callback):
     """Records one round of training, saves its state, and obeys signals.
 
-    Args:
-        run: the folder for everything that is written.
-        state: of the run; its record gains every epoch.
-        data: what is trained and tested on.
-        rounds: of the run. Only the last one writes model_best.pth: only its network has every cut.
+    Only the last of ``rounds`` writes model_best.pth: only its network has every cut.
     """
 
     def __init__(self, run: RunFolder, state: RunState, data: Data, rounds: Sequence[Round]):

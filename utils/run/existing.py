@@ -6,6 +6,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,45 @@ RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "r
 BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0, "holdout": 0}
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run goes, and what happens to the files that are there.
+
+    Attributes:
+        folder, logdir: of results, and of TensorBoard files.
+        net: name of the network.
+        config: the settings that tell experiments apart.
+        resume, overwrite: whether to continue the run that is there, or to replace any.
+        checkpoint_every: write last.pth after every so many batches, too.
+        checkpoint: continue this last.pth, from any folder; only with ``resume``.
+    """
+
+    folder: Path
+    logdir: Path
+    net: str
+    config: dict[str, Any]
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_every: int | None = None
+    checkpoint: Path | None = None
+
+
 def find_run(
-    folder: Path, config: Mapping[str, Any], identity: Callable[[], Mapping[str, Any]],
-    resume: bool, overwrite: bool,
-) -> dict[str, Any] | None:  # fmt: skip
+    asked: RunSettings, config: Mapping[str, Any], identity: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any] | None:
     """The result of a finished run of this configuration; None if there is work to do.
 
-    Args:
-        folder: of the run.
-        config: configuration of the run asked for.
-        identity: makes the rest of the configuration; called only if all else is equal.
-        resume, overwrite: whether to continue an unfinished run, or to replace any.
+    ``identity`` makes the rest of the configuration; it is called only if ``config`` is equal.
 
-    Raises InputError for a run of another configuration, and without ``resume`` for an unfinished
-    one.
+    Raises InputError for a run of another configuration unless ``asked.overwrite`` replaces
+    it, and for an unfinished run unless ``asked.resume`` continues it.
     """
+    folder = asked.folder
     try:
         present = [name for name in RESULTS if (folder / name).exists()]
     except OSError as error:  # no permission, or a name that is too long
         raise InputError(f"{folder}: cannot be read ({error}); see --output") from None
-    if overwrite or not present:
+    if asked.overwrite or not present:
         return None
     keep = "--overwrite replaces it, another --output keeps both"
     earlier, result = _read_dict(folder / "config.json"), _read_dict(folder / "result.json")
@@ -52,7 +72,7 @@ def find_run(
     if result and not missing:
         print(f"done already; --overwrite runs it again; results in {folder}")
         return result
-    if not resume:
+    if not asked.resume:
         what = f"a finished run without {', '.join(missing)}" if result else "an unfinished run"
         how = "--resume continues it, --overwrite starts it again"
         raise InputError(f"{folder} holds {what}; {how}")
@@ -80,21 +100,30 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and (path.suffix != ".pth" or zipfile.is_zipfile(path))
 
 
-def find_last(folder: Path, net: str) -> tuple[Path, Checkpoint] | None:
-    """The newest last.pth of a run that loads, with its path; None if there is no file.
+def find_last(
+    asked: RunSettings, config: Mapping[str, Any]
+) -> tuple[Path, Checkpoint] | tuple[None, None]:
+    """The checkpoint to continue, with its path: the one asked for, or else the newest of the run
+    that loads. None if there is no file.
 
-    Raises InputError if no file loads.
+    Raises InputError if no file loads, or if it is of another configuration.
     """
-    paths = [path for path in (folder / "last.pth", folder / PREVIOUS) if path.exists()]
+    own = [asked.folder / "last.pth", asked.folder / PREVIOUS]
+    paths = [asked.checkpoint] if asked.checkpoint else [path for path in own if path.exists()]
     for path in paths:
         try:
-            return path, load_resumable(path, net)
+            last = load_resumable(path, asked.net)
+            break
         except InputError as error:
             if path == paths[-1]:
                 raise
             print(f"{error}; going on from the one before", file=sys.stderr)
-    print("nothing to resume from: starting afresh")
-    return None
+    else:
+        print("nothing to resume from: starting afresh")
+        return None, None
+    if changed := differences(last.meta["config"], config):
+        raise InputError(f"--resume: that run has another configuration ({changed})")
+    return path, last
 
 
 def load_resumable(path: Path, net: str) -> Checkpoint:
@@ -103,10 +132,8 @@ def load_resumable(path: Path, net: str) -> Checkpoint:
     if not {"training", "config"} <= last.meta.keys():
         raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
     if "record" not in last.meta["training"]:
-        raise InputError(
-            f"{path}: an earlier version began this run and has to finish it; or start it again"
-            " with --overwrite"
-        )
+        how = "has to finish it; or start it again with --overwrite"
+        raise InputError(f"{path}: an earlier version began this run and {how}")
     return last
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
 from utils.pruning import PruningPlan
-from utils.run.existing import PREVIOUS, RESULTS, differences, find_last, find_run, load_resumable
+from utils.run.existing import PREVIOUS, RESULTS, RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import FolderLock
 from utils.run.provenance import command_line, versions
 from utils.run.record import Record
@@ -30,40 +29,12 @@ from utils.run.state import RunState, place_of
 from utils.run.tensorboard import TensorBoardLog
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Where a run goes, and what happens to the files that are there.
-
-    Attributes:
-        folder, logdir: of results, and of TensorBoard files.
-        net: name of the network.
-        config: the settings that tell experiments apart.
-        resume, overwrite: whether to continue the run that is there, or to replace any.
-        checkpoint_every: write last.pth after every so many batches, too.
-        checkpoint: continue this last.pth, from any folder; only with ``resume``.
-    """
-
-    folder: Path
-    logdir: Path
-    net: str
-    config: dict[str, Any]
-    resume: bool = False
-    overwrite: bool = False
-    checkpoint_every: int | None = None
-    checkpoint: Path | None = None
-
-
 class RunFolder:
     """Writes everything that a run writes, and never over another experiment.
 
     This process owns the folder within ``with folder.opened(...)``. There, a signal stops the run
     at once, except in ``signals.deferred``. Only rank 0 writes; on other ranks the methods that
-    write do nothing.
-
-    Args:
-        settings: where the run goes.
-        runtime: which rank this is.
-        identity: what tells the data apart, for the configuration; only rank 0 calls it.
+    write do nothing. Rank 0 alone calls ``identity``, which tells data apart in the configuration.
     """
 
     def __init__(
@@ -80,14 +51,10 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """The result of this very run if it is done already; None if there is work to do.
 
-        Raises InputError, on every rank, if the folder holds another experiment, or an unfinished
-        run that the settings do not continue or replace.
+        Raises InputError, on every rank, as ``find_run`` does.
         """
-        return self.runtime.on_main(lambda: self._existing(self.identity))
-
-    def _existing(self, identity: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
         asked = self.settings
-        return find_run(self.folder, self.config, identity, asked.resume, asked.overwrite)
+        return self.runtime.on_main(lambda: find_run(asked, self.config, self.identity))
 
     @contextmanager
     def opened(self, classes: Sequence[str]) -> Iterator[RunFolder]:
@@ -115,21 +82,16 @@ class RunFolder:
 
     def _open(self) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
-        asked, path, last = self.settings, self.settings.checkpoint, None
-        if path:
-            last = load_resumable(path, asked.net)
+        asked, path = self.settings, None
         with _writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
             self._lock.acquire()
         try:
-            if self._existing(dict):  # ``finished`` looked, but did not have the lock
+            if find_run(asked, self.config, dict):  # ``finished`` looked, but did not have the lock
                 raise InputError(f"{self.folder}: another process has just finished this run")
-            if asked.resume and not last:
-                path, last = find_last(self.folder, asked.net) or (None, None)
-            if last and (changed := differences(last.meta["config"], self.config)):
-                raise InputError(f"--resume: that run has another configuration ({changed})")
-            self._last = last
+            if asked.resume:
+                path, self._last = find_last(asked, self.config)
             self._open_files()
         except BaseException:
             self._close()

@@ -98,18 +98,16 @@ class Record:
         """Note the network before any cut, and the configuration of the run that made it."""
         self.baseline = {"config": baseline and dict(baseline)}
         self._note_accuracy("baseline", before.metrics)
-        self.cost = {name: {"before": value} for name, value in vars(before.cost).items()}
-        self.gate_entries = {"before": before.gate_entries}
-        self.channels = {name: {"before": width} for name, width in before.widths.items()}
-        self.held_at_floor, self.rounds = [], []
-        self._note_size(before)
+        self.gate_entries, self.channels, self.held_at_floor, self.rounds = {}, {}, [], []
+        self._note_size("before", before)
+        self._note_size("after", before)
 
     def add_cut(self, plan: PruningPlan, after: Measurement, recalibrated: Metrics | None) -> None:
         """Note what a round has cut, and the network after the cut."""
         self._note_accuracy("after_surgery", after.metrics)
         if recalibrated:
             self._note_accuracy("recalibrated", recalibrated)
-        self._note_size(after)
+        self._note_size("after", after)
         self.ratio["reached"] = 1 - after.gate_entries / self.gate_entries["before"]
         self.held_at_floor = list(plan.held_at_floor)
         self.rounds.append({
@@ -122,12 +120,12 @@ class Record:
         for kind in KINDS:
             getattr(self, kind)[when] = getattr(metrics, kind)
 
-    def _note_size(self, now: Measurement) -> None:
-        self.gate_entries["after"] = now.gate_entries
-        for name, value in vars(now.cost).items():
-            self.cost[name]["after"] = value
-        for name, width in now.widths.items():
-            self.channels[name]["after"] = width
+    def _note_size(self, when: str, network: Measurement) -> None:
+        self.gate_entries[when] = network.gate_entries
+        for name, value in vars(network.cost).items():
+            self.cost.setdefault(name, {})[when] = value
+        for name, width in network.widths.items():
+            self.channels.setdefault(name, {})[when] = width
 
     @property
     def shrunk(self) -> set[str]:

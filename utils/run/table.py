@@ -15,18 +15,18 @@ def final_table(record: Record) -> str:
 
 
 def _accuracies(record: Record) -> list[str]:
-    top1, top5 = record.accuracy, record.top5
-    rows = {"baseline": "baseline", "after surgery": "after_surgery"}
-    if "recalibrated" in top1:
-        rows["statistics recalibrated"] = "recalibrated"
     trained = "trained" if record.method == "from scratch" else "fine-tuned"
-    best = f"{trained}, best on {'holdout' if record.holdout else 'test'}"
-    if top1["last"] is not None:
-        rows |= {f"{trained}, last epoch": "last", best: "best"}
+    titles = {
+        "baseline": "baseline", "after_surgery": "after surgery",
+        "recalibrated": "statistics recalibrated", "last": f"{trained}, last epoch",
+        "best": f"{trained}, best on {'holdout' if record.holdout else 'test'}",
+    }  # fmt: skip
     lines = [f"  {'accuracy, %':<28}{'top-1':>10}{'top-5':>10}"]
-    lines += [f"  {title:<28}{top1[key]:10.2f}{top5[key]:10.2f}" for title, key in rows.items()]
-    if best in rows:
-        lines[-1] += f"   (epoch {top1['best_epoch']})"
+    for name, title in titles.items():
+        if (top1 := record.accuracy.get(name)) is not None:
+            lines.append(f"  {title:<28}{top1:10.2f}{record.top5[name]:10.2f}")
+    if epoch := record.accuracy["best_epoch"]:
+        lines[-1] += f"   (epoch {epoch})"
     return lines
 
 
@@ -38,8 +38,8 @@ def _sizes(record: Record) -> list[str]:
         lines.append(
             f"  {title:<28}{before:10.3f}{after:10.3f}{100 * (1 - after / before):10.1f} %"
         )
-    asked = record.ratio["asked"]
-    asked = "" if asked is None else f"asked {100 * asked:.2f} %, "
+    ratio = record.ratio["asked"]
+    asked = "" if ratio is None else f"asked {100 * ratio:.2f} %, "
     lines += ["", f"  gate entries removed: {asked}reached {100 * record.ratio['reached']:.2f} %"]
     for name, title in (("macs", "multiply-adds"), ("params", "parameters")):
         if (share := record.budget[name]) is not None:

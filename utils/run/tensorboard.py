@@ -16,14 +16,11 @@ from utils.run.record import Record
 
 
 class TensorBoardLog:
-    """TensorBoard files. If they can no longer be written, the run continues without them.
+    """TensorBoard files in ``logdir``, if any. What an earlier process drew from ``first_step`` on
+    is hidden.
 
-    Args:
-        logdir: where they go; None: draw nothing.
-        first_step: TensorBoard hides what an earlier process drew from this step on.
-        warn: is called with one line when drawing ends early.
-
-    Raises OSError if the files cannot be written from the start.
+    Raises OSError if the files cannot be written from the start. If they cannot be written later,
+    ``warn`` is called with one line, and the run continues without them.
     """
 
     def __init__(
