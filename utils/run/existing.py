@@ -22,25 +22,16 @@ BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0,
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run goes, and what happens to the files that are there.
-
-    Attributes:
-        folder, logdir: of results, and of TensorBoard files.
-        net: name of the network.
-        config: the settings that tell experiments apart.
-        resume, overwrite: whether to continue the run that is there, or to replace any.
-        checkpoint_every: write last.pth after every so many batches, too.
-        checkpoint: continue this last.pth, from any folder; only with ``resume``.
-    """
+    """Where a run goes, and what happens to the files that are there."""
 
     folder: Path
-    logdir: Path
+    logdir: Path  # of TensorBoard files
     net: str
-    config: dict[str, Any]
-    resume: bool = False
-    overwrite: bool = False
-    checkpoint_every: int | None = None
-    checkpoint: Path | None = None
+    config: dict[str, Any]  # the settings that tell experiments apart
+    resume: bool = False  # continue the run that is there
+    overwrite: bool = False  # replace any run that is there
+    checkpoint_every: int | None = None  # write last.pth after so many batches, too
+    checkpoint: Path | None = None  # with ``resume``: continue this last.pth, from any folder
 
 
 def find_run(

@@ -15,6 +15,7 @@ from utils.metrics import Metrics
 from utils.pruning import PruningPlan
 
 KINDS = ("accuracy", "top5")
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,45 +40,33 @@ class Measurement:
 
 @dataclass
 class Record:
-    """What a run knows so far. Every field is plain JSON.
+    """What a run knows so far. Every field is plain JSON. None: this kind of run has no such field.
 
-    Attributes:
-        net, dataset, seed: what is trained, on what.
-        accuracy, top5: per cent on the test set: ``baseline``, ``after_surgery``,
-            ``recalibrated``, ``last`` and ``best`` epoch; and the number ``best_epoch``.
-        cost: MACs and parameters; in a pruning run ``before`` and ``after`` of each.
-        history: every epoch (``utils.finetune.Epoch``), with ``round`` and ``tested_on``.
-        holdout: accuracies on the holdout, which chose the best epoch; None without a holdout.
-        criterion, method: what scores a channel, and in which rounds channels go, in words.
-        ratio: share of the gate entries ``asked`` (None with a budget) and ``reached``.
-        budget: shares of ``macs`` or ``params`` that may stay; None for the other.
-        baseline: ``config`` of the run that made the baseline, if its file names it.
-        gate_entries, channels: ``before`` and ``after``, in total and by channel group.
-        held_at_floor: groups that keep more channels than selected, to reach the minimum.
-        rounds: size and accuracy after every round that scored and cut.
-        command, config, versions, wall_time_seconds: what repeating the run takes.
+    ``before`` and ``after`` are the network before the first cut and after the latest one.
     """
 
     net: str
     dataset: str
     seed: int
-    accuracy: dict[str, Any] = field(default_factory=dict)
-    top5: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    holdout: dict[str, Any] | None = None
-    criterion: str | None = None
-    method: str | None = None
-    ratio: dict[str, Any] | None = None
-    budget: dict[str, Any] | None = None
-    baseline: dict[str, Any] | None = None
-    gate_entries: dict[str, int] | None = None
-    channels: dict[str, dict[str, int]] | None = None
-    held_at_floor: list[str] | None = None
-    rounds: list[dict[str, Any]] | None = None
+    # Per cent on the test set: baseline, after_surgery, recalibrated, last and best epoch. And the
+    # number of the best epoch: best_epoch.
+    accuracy: Json = field(default_factory=dict)
+    top5: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)  # macs, params; in a pruning run before and after
+    history: list[Json] = field(default_factory=list)  # ``Epoch``, with round and tested_on
+    holdout: Json | None = None  # its accuracies, which chose the best epoch
+    criterion: str | None = None  # what scores a channel
+    method: str | None = None  # the rounds in words
+    ratio: Json | None = None  # of the gate entries: asked (None with a budget) and reached
+    budget: Json | None = None  # shares of macs or params that may stay; None for the other
+    baseline: Json | None = None  # config of the run that made it, if its file holds one
+    gate_entries: dict[str, int] | None = None  # before and after
+    channels: dict[str, dict[str, int]] | None = None  # before and after, by group
+    held_at_floor: list[str] | None = None  # groups that keep more than selected: the minimum
+    rounds: list[Json] | None = None  # size and accuracy after every round that selected
     command: str | None = None
-    config: dict[str, Any] | None = None
-    versions: dict[str, Any] | None = None
+    config: Json | None = None
+    versions: Json | None = None
     wall_time_seconds: float | None = None
 
     @classmethod
@@ -91,7 +80,7 @@ class Record:
         return cls(**{name: content[name] for name in names})
 
     def as_json(self) -> dict[str, Any]:
-        """Without the fields that this kind of run does not have."""
+        """Without the fields that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def begin_pruning(self, before: Measurement, baseline: Mapping[str, Any] | None) -> None:

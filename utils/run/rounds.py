@@ -12,40 +12,24 @@ from utils.selection import Goal
 
 @dataclass(frozen=True)
 class Round:
-    """One cut, and the training after it. By default a round only trains.
+    """One cut, and the training after it. By default a round only trains."""
 
-    Attributes:
-        recipe: how to train.
-        scores: score the network and select channels first.
-        share: how much of the whole goal is reached after this round.
-        groups: cut only these groups of the plan; None: cut all that this round selects.
-        fresh: train from fresh weights.
-    """
-
-    recipe: Recipe
-    scores: bool = False
-    share: float = 1.0
-    groups: tuple[str, ...] | None = None
-    fresh: bool = False
+    recipe: Recipe  # how to train
+    scores: bool = False  # score the network and select channels first
+    share: float = 1.0  # how much of the whole goal is reached after this round
+    groups: tuple[str, ...] | None = None  # cut these of the plan; None: all that this selects
+    fresh: bool = False  # train from fresh weights
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What the command line asks of a pruning run.
+    """What the command line asks of a pruning run."""
 
-    Attributes:
-        scoring: how channels are scored.
-        goal: how much goes.
-        rounds: in which steps.
-        recalibrate: batches that estimate BatchNorm's running statistics anew after a cut; 0: none.
-        method: the rounds in words.
-    """
-
-    scoring: Scoring
-    goal: Goal
+    scoring: Scoring  # how channels are scored
+    goal: Goal  # how much goes
     rounds: tuple[Round, ...]
-    recalibrate: int
-    method: str
+    recalibrate: int  # batches for new running statistics of BatchNorm after a cut; 0: keep them
+    method: str  # the rounds in words
 
 
 def one_shot(recipes: Recipes) -> tuple[Round, ...]:

@@ -14,14 +14,11 @@ from utils.errors import Interrupted
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM between ``install`` and ``restore``.
-
-    Attributes:
-        received: number of the first signal that came; 0 before.
-    """
+    """Handles SIGINT and SIGTERM between ``install`` and ``restore``."""
 
     def __init__(self):
-        self.received, self._deferring = 0, False
+        self.received = 0  # number of the first signal; 0 before it
+        self._deferring = False
         self._before: dict[int, object] = {}
 
     def install(self) -> None:
@@ -32,7 +29,6 @@ class Signals:
     def restore(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        self._before = {}
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

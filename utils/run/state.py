@@ -19,24 +19,16 @@ from utils.run.record import Record
 
 @dataclass
 class RunState:
-    """The state of a run; mutable.
+    """The state of a run; mutable."""
 
-    Attributes:
-        model: the bare network as it is now.
-        record: what is known so far.
-        plan: all channels planned so far to stay, as indices of the baseline's channels.
-        round: index of the present round.
-        training: None until the cut of this round is done; in a resumed run, the state of ``fit``
-            that its ``resume`` takes: epoch, batch, sums of the begun epoch, optimiser, ...
-        seconds: how long earlier processes worked on the run, up to their last checkpoint.
-    """
-
-    model: GatedModel
+    model: GatedModel  # the bare network as it is now
     record: Record
+    # The channels that stay, planned so far; the indices count the baseline's channels.
     plan: PruningPlan = field(default_factory=lambda: PruningPlan({}))
-    round: int = 0
+    round: int = 0  # index of the present round
+    # What ``utils.finetune.fit`` takes as ``resume``, if this round is resumed in its training.
     training: Mapping[str, Any] | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent by earlier processes, up to their last checkpoint
 
     @property
     def epochs_before(self) -> int:
