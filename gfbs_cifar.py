@@ -33,9 +33,9 @@ from utils.run.baseline import check_classes, check_size, load_baseline
 from utils.run.callbacks import RunCallback, restore_files
 from utils.run.folder import RunFolder
 from utils.run.measure import measure_baseline, measure_cut, measure_end, recalibrate
+from utils.run.record import final_table
 from utils.run.rounds import Pruning
 from utils.run.state import RunState
-from utils.run.table import final_table
 from utils.saliency import Scoring, channel_saliency
 from utils.selection import check_goal, select
 from utils.surgery import prune

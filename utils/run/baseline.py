@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,6 @@ from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.data.batches import About
 from utils.errors import InputError
-from utils.metrics import Metrics
 
 
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
@@ -68,10 +66,3 @@ def check_size(baseline: Checkpoint, image_size: int) -> None:
     if size != image_size:
         raise InputError(f"--image_size {image_size}: the checkpoint was trained at {size}")
     model_cost(baseline.model, image_size)  # raises an error for images that are too small
-
-
-def at_chance(metrics: Metrics, classes: int) -> bool:
-    """Whether the accuracy is at most two standard deviations above that of guessing."""
-    chance = 1 / classes
-    noise = math.sqrt(chance * (1 - chance) / metrics.images)
-    return metrics.accuracy <= 100 * (chance + 2 * noise)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 from utils.data.batches import Data
 from utils.errors import InputError, Interrupted
 from utils.finetune import Callback, Epoch
 from utils.run.existing import is_whole
-from utils.run.folder import RunFolder, format_seconds
+from utils.run.folder import RunFolder
 from utils.run.rounds import Round
 from utils.run.state import RunState
 
@@ -49,12 +50,12 @@ class RunCallback(Callback):
         record.add_epoch(epoch, number, self.chosen_on)
         done = len(record.history)
         pace = (time.perf_counter() - self.began) / (done - self.done_before)
+        left = timedelta(seconds=round(pace * (self.total_epochs - done)))
         self.run.log(
             f"epoch {epoch.number}/{self.epochs}  lr {epoch.lr:.4g}"
             f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
             f"  {self.chosen_on} {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
-            f"  {epoch.images_per_second:.0f} images/s"
-            f"  {format_seconds(pace * (self.total_epochs - done))} left"
+            f"  {epoch.images_per_second:.0f} images/s  {left} left"
         )
         if self.keep_best and record.best(number).number == epoch.number:
             self.save_best()

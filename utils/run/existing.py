@@ -13,6 +13,8 @@ from typing import Any
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import InputError
 
+Config = Mapping[str, Any]
+Identity = Callable[[], Config]  # what tells data apart
 PREVIOUS = "last_previous.pth"
 RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
@@ -34,9 +36,7 @@ class RunSettings:
     checkpoint: Path | None = None  # with ``resume``: continue this last.pth, from any folder
 
 
-def find_run(
-    asked: RunSettings, config: Mapping[str, Any], identity: Callable[[], Mapping[str, Any]]
-) -> dict[str, Any] | None:
+def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str, Any] | None:
     """The result of a finished run of this configuration; None if there is work to do.
 
     ``identity`` makes the rest of the configuration; it is called only if ``config`` is equal.
@@ -91,9 +91,7 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and (path.suffix != ".pth" or zipfile.is_zipfile(path))
 
 
-def find_last(
-    asked: RunSettings, config: Mapping[str, Any]
-) -> tuple[Path, Checkpoint] | tuple[None, None]:
+def find_last(asked: RunSettings, config: Config) -> tuple[Path | None, Checkpoint | None]:
     """The checkpoint to continue, with its path: the one asked for, or else the newest of the run
     that loads. None if there is no file.
 
@@ -128,14 +126,14 @@ def load_resumable(path: Path, net: str) -> Checkpoint:
     return last
 
 
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(earlier: Config, now: Config) -> str:
     """What differs between two configurations, in words; empty if nothing does.
 
     A flag that one of them lacks has its value of ``BEFORE``, or is off. Identities of data are
     compared only if both have one.
     """
 
-    def value(config: Mapping[str, Any], name: str) -> str:
+    def value(config: Config, name: str) -> str:
         found = config.get(name, BEFORE.get(name))
         return json.dumps(None if found is False else found)
 

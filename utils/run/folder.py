@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
 from utils.pruning import PruningPlan
-from utils.run.existing import PREVIOUS, RESULTS, RunSettings, find_last, find_run, load_resumable
+from utils.run import existing
+from utils.run.existing import RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import FolderLock
 from utils.run.provenance import command_line, versions
 from utils.run.record import Record
@@ -37,16 +39,13 @@ class RunFolder:
     write do nothing. Rank 0 alone calls ``identity``, which tells data apart in the configuration.
     """
 
-    def __init__(
-        self, settings: RunSettings, runtime: Runtime,
-        identity: Callable[[], Mapping[str, Any]] = dict,
-    ):  # fmt: skip
+    def __init__(self, settings: RunSettings, runtime: Runtime, identity: existing.Identity = dict):
         self.settings, self.folder, self.identity = settings, settings.folder, identity
         self.config, self.runtime = dict(settings.config), runtime
         self.signals, self.board = Signals(), TensorBoardLog()
         self._log, self._lock, self._saved = None, None, False
         self._last: Checkpoint | None = None
-        self._seconds_before, self._began = 0.0, time.perf_counter()
+        self._began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
         """The result of this very run if it is done already; None if there is work to do.
@@ -105,7 +104,7 @@ class RunFolder:
             self.board = TensorBoardLog(self.settings.logdir, first_step, self.log)
         with _writable(self.folder, "--output"):
             self._log = (self.folder / "log.txt").open("a" if self._last else "w", encoding="utf-8")
-            for name in RESULTS if self.settings.overwrite else ():
+            for name in existing.RESULTS if self.settings.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
             remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
@@ -115,7 +114,7 @@ class RunFolder:
         if self._last is None:
             return None
         state = RunState.from_checkpoint(self._last)
-        self._seconds_before = state.seconds
+        self._began -= state.seconds
         saved = self._last.meta["training"]
         batches = f" and {saved['batch']} batches" if saved["batch"] else ""
         self.log(f"continues after epoch {saved['epoch']}{batches} of round {state.round + 1}")
@@ -130,7 +129,7 @@ class RunFolder:
 
     def seconds(self) -> float:
         """Time spent on the run: by earlier processes up to their last checkpoint, and by this."""
-        return self._seconds_before + time.perf_counter() - self._began
+        return time.perf_counter() - self._began
 
     def _resume_line(self) -> str:
         """The command that continues this run, from this folder."""
@@ -186,7 +185,7 @@ class RunFolder:
 
         The last.pth before it, if this process wrote that, stays as last_previous.pth.
         """
-        meta["previous"] = self.folder / PREVIOUS if self._saved else None
+        meta["previous"] = self.folder / existing.PREVIOUS if self._saved else None
         meta["training"] = state.to_save(training, self.runtime, self.seconds())
         self.save("last.pth", state.model, **meta)
         self._saved = True
@@ -217,7 +216,8 @@ class RunFolder:
         result = record.as_json()
         self._write(write_json, self.folder / "result.json", result)
         self.board.draw_result(record)
-        self.log(f"took {format_seconds(record.wall_time_seconds)}; results in {self.folder}")
+        took = timedelta(seconds=round(record.wall_time_seconds))
+        self.log(f"took {took}; results in {self.folder}")
         return result
 
 
@@ -228,9 +228,3 @@ def _writable(place: Path, flag: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

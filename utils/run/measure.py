@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from utils.checkpoint import load_checkpoint
 from utils.data.batches import Batches, Data
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
-from utils.run.baseline import at_chance
 from utils.run.folder import RunFolder
 from utils.run.record import KINDS, Measurement, last_and_best
 from utils.run.state import RunState
@@ -28,7 +28,10 @@ def measure_baseline(
     """
     before, record = Measurement.of(state.model, data, run.runtime), state.record
     run.log(f"baseline: {record.net} on {record.dataset}, {before}; {run.runtime}")
-    if at_chance(before.metrics, state.model.num_classes) and not run.config.get("new_head"):
+    chance = 1 / state.model.num_classes
+    deviation = math.sqrt(chance * (1 - chance) / before.metrics.images)
+    at_chance = before.metrics.accuracy <= 100 * (chance + 2 * deviation)
+    if at_chance and not run.config.get("new_head"):
         run.log(
             "warning: the baseline is at chance on this data; is it the data it was trained on?"
             " see --mean and --std"
