@@ -76,8 +76,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)
     model_cost(baseline.model, args.image_size)  # raises an error for images that are too small
-    images = runtime.images_per_norm(args.train_bs)
-    check_batch(baseline.model, args.image_size, images, "--train_bs")
+    per_norm = runtime.images_per_norm(args.train_bs)
+    check_batch(baseline.model, args.image_size, per_norm, "--train_bs")
     check_goal(baseline.model, asked.goal, args.image_size)
     batches = folder_batches(
         train, val, about, args.train_bs, runtime, seed=args.seed, workers=args.workers,

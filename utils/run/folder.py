@@ -48,10 +48,7 @@ class RunFolder:
         self._began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this very run if it is done already; None if there is work to do.
-
-        Raises InputError, on every rank, as ``find_run`` does.
-        """
+        """What ``find_run`` returns, or raises, on every rank."""
         asked = self.settings
         return self.runtime.on_main(lambda: find_run(asked, self.config, self.identity))
 
@@ -114,7 +111,7 @@ class RunFolder:
         if self._last is None:
             return None
         state = RunState.from_checkpoint(self._last)
-        self._began -= state.seconds
+        self._began -= state.seconds  # the time that earlier processes spent counts, too
         saved = self._last.meta["training"]
         batches = f" and {saved['batch']} batches" if saved["batch"] else ""
         self.log(f"continues after epoch {saved['epoch']}{batches} of round {state.round + 1}")
@@ -126,10 +123,6 @@ class RunFolder:
                     " it will not end with the same bits"
                 )
         return state
-
-    def seconds(self) -> float:
-        """Time spent on the run: by earlier processes up to their last checkpoint, and by this."""
-        return time.perf_counter() - self._began
 
     def _resume_line(self) -> str:
         """The command that continues this run, from this folder."""
@@ -186,18 +179,16 @@ class RunFolder:
         The last.pth before it, if this process wrote that, stays as last_previous.pth.
         """
         meta["previous"] = self.folder / existing.PREVIOUS if self._saved else None
-        meta["training"] = state.to_save(training, self.runtime, self.seconds())
+        seconds = time.perf_counter() - self._began
+        meta["training"] = state.to_save(training, self.runtime, seconds)
         self.save("last.pth", state.model, **meta)
         self._saved = True
 
     def check_space(self, model: GatedModel) -> None:
         """Raise InputError if the disk has no room for the checkpoints of a run."""
-        if not self.runtime.is_main:
-            return
         # Weights and momentum, in last.pth, in last_previous.pth and in a temporary file.
         need = 3 * 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
+        if self.runtime.is_main and (free := shutil.disk_usage(self.folder).free) < need:
             raise InputError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
                 f" {need / 1e6:.0f}; make room, or see --output"
@@ -212,7 +203,7 @@ class RunFolder:
     def finish(self, record: Record) -> dict[str, Any]:
         """Complete the record, write it as result.json, and return its content."""
         record.command, record.config, record.versions = command_line(), self.config, versions()
-        record.wall_time_seconds = round(self.seconds(), 1)
+        record.wall_time_seconds = round(time.perf_counter() - self._began, 1)
         result = record.as_json()
         self._write(write_json, self.folder / "result.json", result)
         self.board.draw_result(record)

@@ -15,7 +15,7 @@ from utils.data.batches import Batches, Data
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.run.folder import RunFolder
-from utils.run.record import KINDS, Measurement, last_and_best
+from utils.run.record import KINDS, Measurement
 from utils.run.state import RunState
 
 
@@ -79,14 +79,12 @@ def measure_end(run: RunFolder, state: RunState, data: Data) -> None:
     """
     record, number = state.record, state.round + 1
     epochs, best = record.epochs(number), record.best(number)
-    found = last_and_best(None, None, None)
-    if epochs:
-        found = last_and_best(epochs[-1].test, best.test, best.number)
+    record.note_end(epochs[-1].test if epochs else None, best and best.test, best and best.number)
     if epochs and data.holdout is not None:
+        names = ("last", "best", "best_epoch")
+        found = {kind: {name: getattr(record, kind)[name] for name in names} for kind in KINDS}
         record.holdout = {"images": data.holdout.images, **found}
         path = run.folder / "model_best.pth"
-        file = run.runtime.main_first(lambda: load_checkpoint(path))  # rank 0 may still write it
+        file = run.runtime.main_first(lambda: load_checkpoint(path))  # rank 0 has written it
         last, best = (evaluate(m, data.test, run.runtime) for m in (state.model, file.model))
-        found = last_and_best(last, best, file.meta["epoch"])
-    for kind in KINDS:
-        getattr(record, kind).update(found[kind])
+        record.note_end(last, best, file.meta["epoch"])

@@ -105,9 +105,9 @@ class Record:
             "recalibrated": recalibrated and recalibrated.accuracy,
         })  # fmt: skip
 
-    def _note_accuracy(self, when: str, metrics: Metrics) -> None:
+    def _note_accuracy(self, when: str, metrics: Metrics | None) -> None:
         for kind in KINDS:
-            getattr(self, kind)[when] = getattr(metrics, kind)
+            getattr(self, kind)[when] = metrics and getattr(metrics, kind)
 
     def _note_size(self, when: str, network: Measurement) -> None:
         self.gate_entries[when] = network.gate_entries
@@ -139,14 +139,11 @@ class Record:
         """The epoch of a round with the best test or holdout accuracy; the first of equals."""
         return max(self.epochs(round_number), key=lambda epoch: epoch.test.accuracy, default=None)
 
-
-def last_and_best(last: Metrics | None, best: Metrics | None, epoch: int | None) -> dict[str, Any]:
-    """By kind of accuracy, ``last``, ``best`` and ``best_epoch`` as ``Record`` holds them."""
-    return {
-        kind: {"last": getattr(last, kind, None), "best": getattr(best, kind, None),
-               "best_epoch": epoch}
-        for kind in KINDS
-    }  # fmt: skip
+    def note_end(self, last: Metrics | None, best: Metrics | None, best_epoch: int | None) -> None:
+        """Note the accuracies of the last and the best epoch; None without training."""
+        self._note_accuracy("last", last)
+        self._note_accuracy("best", best)
+        self.accuracy["best_epoch"] = self.top5["best_epoch"] = best_epoch
 
 
 def final_table(record: Record) -> str:
