@@ -78,7 +78,9 @@ class RunFolder:
 
     def _open(self) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
-        asked, path = self.settings, None
+        asked, path, found = self.settings, None, None
+        if asked.checkpoint:  # a bad one leaves no trace in the folder
+            found = find_last(asked, self.config)
         with _writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
@@ -87,7 +89,7 @@ class RunFolder:
             if find_run(asked, self.config, dict):  # ``finished`` looked, but did not have the lock
                 raise InputError(f"{self.folder}: another process has just finished this run")
             if asked.resume:
-                path, self._last = find_last(asked, self.config)
+                path, self._last = found or find_last(asked, self.config)
             self._open_files()
         except BaseException:
             self._close()
