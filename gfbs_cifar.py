@@ -6,10 +6,10 @@
     python gfbs_cifar.py --net gatevgg16 --macs 0.5           keep half of the multiply-adds
     python gfbs_cifar.py --net gatevgg16 --p 0.7 --epochs 0   cut, evaluate and save only
 
-Prunes CHECKPOINT/<net>/model_best.pth, as train.py leaves it, and writes plan.json, pruned.pth
-(right after surgery), model_best.pth, last.pth, log.txt and result.json into
-OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed> (macs<share>, _steps<K>, _scratch likewise), whose
-name goes on with every setting that is not at its default: _epochs40, _wbeta0.1, ...
+Prunes CHECKPOINT/<net>/model_best.pth, which train.py writes. Writes plan.json, pruned.pth (right
+after surgery), model_best.pth, last.pth, log.txt and result.json into
+OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed> (macs<share>, _steps<K>, _scratch likewise). Every
+setting that is not at its default is appended to that name: _epochs40, _wbeta0.1, ...
 """
 
 from __future__ import annotations
@@ -20,28 +20,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
 from utils.data.batches import SCORING, Data, random_stream, scoring_batch
 from utils.data.small import data_identity, image_batches, load_data
 from utils.distributed import seed_everything
 from utils.finetune import check_batch, fit
-from utils.pruning import PruningPlan
 from utils.recipes import CIFAR_RECIPES
 from utils.run.baseline import check_classes, check_size, load_baseline
-from utils.run.callbacks import RunCallback
+from utils.run.callbacks import RunCallback, restore_files
 from utils.run.folder import RunFolder
-from utils.run.measure import (
-    estimate_statistics,
-    measure_baseline,
-    measure_cut,
-    measure_end,
-    restore_files,
-)
-from utils.run.rounds import Pruning, Round
+from utils.run.measure import measure_baseline, measure_cut, measure_end, recalibrate
+from utils.run.record import final_table
+from utils.run.rounds import Pruning
 from utils.run.state import RunState
-from utils.run.table import final_table
-from utils.saliency import channel_saliency
+from utils.saliency import Scoring, channel_saliency
 from utils.selection import check_goal, select
 from utils.surgery import prune
 
@@ -68,16 +63,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Prune and fine-tune, and return what result.json says."""
+    """Prune and fine-tune, and return the content of result.json."""
     runtime = settings.runtime(args, args.bs, "--bs")
-    baseline = load_baseline(
-        args.checkpoint or args.output, settings.network_folder(args), args.net
-    )
+    folder = settings.network_folder(args)
+    baseline = load_baseline(args.checkpoint or args.output, folder, args.net)
     asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
-    run = RunFolder(
-        settings.pruning_run(args, baseline), runtime,
-        lambda: data_identity(args.dataset, args.data_dir),
-    )  # fmt: skip
+    where = settings.pruning_run(args, baseline)
+    run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
     if done := run.finished():
         return done
     images = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
@@ -92,7 +84,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-
     with run.opened(about.classes):
         run.log(constants)
         state = run.resumed() or RunState(baseline.model, settings.new_record(args, asked))
@@ -102,76 +93,85 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def prune_in_rounds(
     run: RunFolder, state: RunState, data: Data, asked: Pruning, made_by: Any
 ) -> dict[str, Any]:
-    """Measure the baseline, go through the rounds, and return what result.json says.
+    """Measure the baseline, prune it round by round, and return the content of result.json.
 
-    ``made_by`` is the configuration of the run that made the baseline, if its file says.
+    ``made_by`` is the configuration of the run that made the baseline, if its file holds one.
     """
     if state.training is None:
         measure_baseline(run, state, data, made_by)
     run.check_space(state.model)
-    for number, this in enumerate(asked.rounds):
-        if number >= state.round:  # earlier ones are done
-            state.round = number
-            prune_and_fine_tune(run, state, data, asked, this)
+    for number in range(state.round, len(asked.rounds)):  # a resumed run begins with its own round
+        state.round = number
+        prune_and_fine_tune(run, state, data, asked)
     measure_end(run, state, data)
     run.log(f"\n{final_table(state.record)}\n")
     return run.finish(state.record)
 
 
-def prune_and_fine_tune(
-    run: RunFolder, state: RunState, data: Data, asked: Pruning, this: Round
-) -> None:
+def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Pruning) -> None:
     """One round of the method: score, select, cut, fine-tune.
 
-    A round that an earlier process has begun to train is continued: its cut is done.
+    One shot is a single round that does all four. --steps repeats them, each time with a larger
+    share of the goal. --smooth scores and selects in its first round only, and cuts a part of that
+    plan in every round. Both end with a round that only fine-tunes.
     """
-    model, scoring, runtime = state.model, asked.scoring, run.runtime
-    widths = model.group_widths()
+    model, record, runtime = state.model, state.record, run.runtime
+    this, widths = asked.rounds[state.round], model.group_widths()
 
-    def score_and_select() -> PruningPlan:
-        images, labels = scoring_batch(data.train, scoring.images, scoring.seed)
-        if scoring.looks_at_images:
-            run.log(f"scoring on {len(labels)} training images")
-            check_batch(model, images.shape[-1], len(labels), "--score_images")
-        saliency = channel_saliency(
-            model, images, labels, criterion=scoring.criterion, w_beta=scoring.w_beta,
-            checkpoint_activations=scoring.recompute,
-            generator=random_stream(scoring.random_seed, SCORING, state.round + 1),
-        )  # fmt: skip
-        run.board.draw_saliency(saliency, len(state.record.history))
-        goal, before = asked.goal.at(this.share), state.record.size_before
-        return select(model, saliency, goal, data.about.image_size, before)
-
-    if state.training is None:
-        runtime.undo_sync_bn(model)
+    if state.training is None:  # else the round is resumed, and its cut is done
+        runtime.undo_sync_bn(model)  # rank 0 scores alone
         if this.scores:
-            plan = runtime.on_main(score_and_select)  # rank 0 decides for all
+            # 1. Score: how much does the loss depend on each channel? Scores (C,) by group.
+            # Rank 0 scores and selects for all ranks: they must cut the same channels.
+            saliency = runtime.on_main(lambda: score(run, state, data, asked.scoring))
+
+            # 2. Select: the plan keeps the most salient channels that meet the goal so far.
+            goal, size = asked.goal.at(this.share), data.about.image_size
+            plan = runtime.on_main(lambda: select(model, saliency, goal, size, record.size_before))
             state.plan = state.plan.then(plan)
             run.save_plan(state.plan)
-            # --smooth cuts part by part: the whole plan is measured on a copy.
+
+            # 3. Cut: slice the other channels out of every layer that makes or reads them.
+            # A round of --smooth cuts only a part, so the whole plan is measured on a copy.
             pruned = prune(copy.deepcopy(model) if this.groups else model, plan)
             measure_cut(run, state, pruned, plan, data, asked.recalibrate)
         if this.groups:
-            if not state.record.shrunk & set(this.groups):
-                return
+            if not record.shrunk & set(this.groups):
+                return  # the plan keeps this part whole: there is nothing to cut or to repair
             prune(model, state.plan.only(this.groups))
-            estimate_statistics(model, data.train, asked.recalibrate)
-        if this.fresh:
+            recalibrate(model, data.train, asked.recalibrate)
+        if this.fresh:  # --from_scratch: keep the shape, forget the weights
             model.reset_parameters()
         if len(asked.rounds) > 1:
             cut = [name for name, width in model.group_widths().items() if width < widths[name]]
             what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
             run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
 
+    # 4. Fine-tune: the training loop knows nothing of pruning.
     callback = RunCallback(run, state, data, asked.rounds)
     if state.training is not None:
         restore_files(run, state, callback)
-    with run.signals.deferred():
+    with run.signals.deferred():  # a signal waits for the end of the batch, which is then saved
         fit(
             model, data.train, data.choosing, this.recipe, runtime,
             callback=callback, resume=state.training, first_epoch=state.epochs_before,
         )  # fmt: skip
     state.training = None
+
+
+def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str, Tensor]:
+    """The saliency (C,) of every channel by group, on one batch of training images."""
+    images, labels = scoring_batch(data.train, how.images, how.seed)
+    if how.looks_at_images:
+        run.log(f"scoring on {len(labels)} training images")
+        check_batch(state.model, images.shape[-1], len(labels), "--score_images")
+    saliency = channel_saliency(
+        state.model, images, labels, criterion=how.criterion, w_beta=how.w_beta,
+        checkpoint_activations=how.recompute,
+        generator=random_stream(how.random_seed, SCORING, state.round + 1),
+    )  # fmt: skip
+    run.board.draw_saliency(saliency, len(state.record.history))
+    return saliency
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python gfbs_imagenet.py --net resnet50 --data_dir <path-to-imagenet> --p 0.4 --gpu 0,1,2,3
     torchrun --nproc_per_node=8 -- gfbs_imagenet.py --data_dir <path-to-imagenet> --p 0.4
 
-Prunes CHECKPOINT/<net>/model_best.pth, as prepare_torch_imagenet_models.py leaves it; DATA_DIR has
-train/<class>/ and val/<class>/. Writes plan.json, pruned.pth (right after surgery), model_best.pth,
-last.pth, log.txt and result.json into OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, whose name
-goes on with every setting that is not at its default.
+Prunes CHECKPOINT/<net>/model_best.pth of prepare_torch_imagenet_models.py. DATA_DIR holds
+train/<class>/ and val/<class>/. Writes the files that gfbs_cifar.py writes, into
+OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, with every setting that is not at its default.
 """
 
 from __future__ import annotations
@@ -56,21 +55,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Prune and fine-tune, and return what result.json says. The method is in gfbs_cifar.py."""
+    """Prune and fine-tune, and return what is in result.json. The method is in gfbs_cifar.py."""
     runtime = settings.runtime(args, args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
     asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
-    run = RunFolder(
-        settings.pruning_run(args, baseline), runtime,
-        lambda: folder_identity(args.data_dir, ("val",)),
-    )  # fmt: skip
+    where = settings.pruning_run(args, baseline)
+    run = RunFolder(where, runtime, lambda: folder_identity(args.data_dir, ("val",)))
     if done := run.finished():
         return done
     train, val, classes = list_folders(Path(args.data_dir), ("val",))
     seed_everything(args.seed, args.deterministic)
-    constants, line = choose_normalisation(
-        settings.normalisation(args), baseline.meta, IMAGENET_NORMALISATION
-    )
+    typed, usual = settings.normalisation(args), IMAGENET_NORMALISATION
+    constants, line = choose_normalisation(typed, baseline.meta, usual)
     resize = Crops.for_baseline(args.image_size, baseline.meta).resize
     source = baseline.meta.get("source")
     about = About(args.dataset, classes, args.image_size, constants, resize, source)
@@ -80,8 +76,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)
     model_cost(baseline.model, args.image_size)  # raises an error for images that are too small
-    images = runtime.images_per_norm(args.train_bs)
-    check_batch(baseline.model, args.image_size, images, "--train_bs")
+    per_norm = runtime.images_per_norm(args.train_bs)
+    check_batch(baseline.model, args.image_size, per_norm, "--train_bs")
     check_goal(baseline.model, asked.goal, args.image_size)
     batches = folder_batches(
         train, val, about, args.train_bs, runtime, seed=args.seed, workers=args.workers,

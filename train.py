@@ -4,9 +4,9 @@
     python train.py --net gateresnet56 --dataset cifar100
     python train.py --net gateresnet20 --dataset folder --data_dir my_images --epochs 30
 
-Writes model_best.pth (best on the test set; what gfbs_cifar.py prunes), last.pth (what --resume
-continues from), log.txt and result.json into OUTPUT/<net>; <net> gains _cifar100, _folder or
-_synthetic for data other than CIFAR-10.
+Writes into OUTPUT/<net>: model_best.pth (best on the test set; gfbs_cifar.py prunes it), last.pth
+(--resume continues it), log.txt and result.json. For data other than CIFAR-10, the folder is
+<net>_cifar100, <net>_folder or <net>_synthetic.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from utils.distributed import seed_everything
 from utils.errors import InputError
 from utils.finetune import check_batch, fit
 from utils.recipes import CIFAR_BASELINE
-from utils.run.callbacks import RunCallback
+from utils.run.callbacks import RunCallback, restore_files
 from utils.run.folder import RunFolder
-from utils.run.measure import measure_end, restore_files
+from utils.run.measure import measure_end
 from utils.run.rounds import Round
 from utils.run.state import RunState
 
@@ -45,26 +45,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
     flags.add_resume_flags(parser)
-    parser.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="continue from this last.pth, or the one in this folder; implies --resume",
-    )
+    explanation = "continue from this last.pth, or the one in this folder; implies --resume"
+    parser.add_argument("--checkpoint", metavar="PATH", help=explanation)
     args = parser.parse_args(argv)
     settings.check_alias(parser, args)
     settings.check_run(parser, args)
     if args.checkpoint and args.overwrite:
         parser.error("--checkpoint continues a run and does not go with --overwrite")
+    args.resume = args.resume or bool(args.checkpoint)
     return args
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return what result.json says."""
+    """Train, and return the content of result.json."""
     runtime = settings.runtime(args, args.bs, "--bs")
-    run = RunFolder(
-        settings.baseline_run(args, named_checkpoint(args)), runtime,
-        lambda: data_identity(args.dataset, args.data_dir),
-    )  # fmt: skip
+    where = settings.baseline_run(args, named_checkpoint(args))
+    run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
     if done := run.finished():
         return done
     images = runtime.main_first(lambda: load_data(args.dataset, args.data_dir, args.image_size))
@@ -72,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     seed_everything(args.seed, args.deterministic)
     try:
         model = build_model(args.net, len(about.classes))
-    except ValueError as error:  # an alias of 100 classes, another number of folders
+    except ValueError as error:  # the data has another number of classes than an alias
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
     check_batch(model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
@@ -80,16 +76,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-    changes = args.lr, args.weight_decay, settings.cosine(args)
-    recipe = CIFAR_BASELINE.adapted(args.epochs, *changes)
-
+    recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, settings.cosine(args))
     with run.opened(about.classes):
         state = run.resumed() or RunState(model, settings.new_record(args))
         state.record.cost = vars(cost)
         run.log(f"{args.net} on {args.dataset}: {data.train.images} training images,"
                 f" {len(about.classes)} classes; {cost}; {runtime}\n{constants}")  # fmt: skip
         if args.checkpoint:
-            run.adopt(Path(args.checkpoint), "model_best.pth")
+            run.adopt("model_best.pth")
         run.check_space(state.model)
         callback = RunCallback(run, state, data, [Round(recipe)])
         if state.training:
@@ -110,16 +104,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def named_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The last.pth that --checkpoint names, itself or by its folder."""
+    """The last.pth that --checkpoint names, or that lies in the folder it names."""
     if not args.checkpoint:
         return None
     path = Path(args.checkpoint)
     path = path / "last.pth" if os.path.isdir(path) else path
     own = Path(args.output) / settings.network_folder(args) / "last.pth"
     if own.exists() and path.resolve() != own.resolve():
-        raise InputError(
-            f"--checkpoint {path}: {own} is there already; continue that with --resume"
-        )
+        raise InputError(f"--checkpoint {path}: {own} exists; continue that with --resume")
     return path
 
 

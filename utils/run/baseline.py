@@ -1,8 +1,7 @@
-"""The network to prune: where it is, and whether it fits the data."""
+"""The network to prune: find its file, and check that it fits the data."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -12,16 +11,17 @@ from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.data.batches import About
 from utils.errors import InputError
-from utils.metrics import Metrics
 
 
 def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
-    """A file, or ``model_best.pth`` in ``place/folder`` or in ``place``; in float32 on the CPU."""
-    place = Path(place)
-    if os.path.isfile(place) or (place.suffix and not os.path.isdir(place)):
-        path = place
-    else:
-        choices = [place / folder / "model_best.pth", place / "model_best.pth"]
+    """Load a network in float32 to the CPU.
+
+    ``place`` is its file, or else a folder: the file is ``model_best.pth`` in ``place/folder`` or,
+    if there is none, in ``place``.
+    """
+    path = Path(place)
+    if not os.path.isfile(path) and (not path.suffix or os.path.isdir(path)):
+        choices = [path / folder / "model_best.pth", path / "model_best.pth"]
         path = next(filter(os.path.isfile, choices), choices[0])
     try:
         path.stat()
@@ -38,10 +38,10 @@ def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
 
 
 def check_classes(baseline: Checkpoint, about: About, data: str, advice: str) -> None:
-    """Raise InputError unless the network's classes are those of the data, in their order.
+    """Raise InputError unless the network's classes are those of the data, in the same order.
 
-    Weights of torchvision name no classes: theirs are ImageNet's 1000, whose folders are called by
-    WordNet id and come in the order of these names.
+    torchvision's weights name no classes, but have ImageNet's order, which is that of the WordNet
+    ids. So folders for them must be named by these ids.
     """
     classes, trained = about.classes, baseline.model.num_classes
     if trained != len(classes):
@@ -65,11 +65,4 @@ def check_size(baseline: Checkpoint, image_size: int) -> None:
     size = baseline.meta.get("image_size", image_size)
     if size != image_size:
         raise InputError(f"--image_size {image_size}: the checkpoint was trained at {size}")
-    model_cost(baseline.model, image_size)
-
-
-def at_chance(metrics: Metrics, classes: int) -> bool:
-    """Whether guessing would be as good, within two standard deviations."""
-    chance = 1 / classes
-    noise = math.sqrt(chance * (1 - chance) / metrics.images)
-    return metrics.accuracy <= 100 * (chance + 2 * noise)
+    model_cost(baseline.model, image_size)  # raises an error for images that are too small

@@ -6,141 +6,140 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import InputError
 
+Config = Mapping[str, Any]
+Identity = Callable[[], Config]  # what tells data apart
 PREVIOUS = "last_previous.pth"
 RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
-# What runs did before a flag existed, where that is not "off".
+# The value of a flag in runs older than the flag, where it is not "off".
 BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0, "holdout": 0}
 
 
-def existing_run(
-    folder: Path,
-    config: Mapping[str, Any],
-    identity: Callable[[], Mapping[str, Any]],
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> dict[str, Any] | None:
-    """The result of a finished run of this configuration; None where there is work to do.
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run goes, and what happens to the files that are there."""
 
-    Args:
-        folder: of the run.
-        config: of the run that is asked for.
-        identity: what else belongs to its configuration; only asked where all else is equal.
-        resume, overwrite: whether to continue an unfinished run, or to replace any.
+    folder: Path
+    logdir: Path  # of TensorBoard files
+    net: str
+    config: dict[str, Any]  # the settings that tell experiments apart
+    resume: bool = False  # continue the run that is there
+    overwrite: bool = False  # replace any run that is there
+    checkpoint_every: int | None = None  # write last.pth after so many batches, too
+    checkpoint: Path | None = None  # with ``resume``: continue this last.pth, from any folder
 
-    Raises InputError for a run of another configuration, and for an unfinished one unless
-    ``resume`` says to continue it.
+
+def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str, Any] | None:
+    """The result of a finished run of this configuration; None if there is work to do.
+
+    ``identity`` makes the rest of the configuration; it is called only if ``config`` is equal.
+
+    Raises InputError for a run of another configuration unless ``asked.overwrite`` replaces
+    it, and for an unfinished run unless ``asked.resume`` continues it.
     """
+    folder = asked.folder
     try:
         present = [name for name in RESULTS if (folder / name).exists()]
     except OSError as error:  # no permission, or a name that is too long
         raise InputError(f"{folder}: cannot be read ({error}); see --output") from None
-    if overwrite or not present:
+    if asked.overwrite or not present:
         return None
     keep = "--overwrite replaces it, another --output keeps both"
-    try:
-        earlier = json.loads((folder / "config.json").read_text())
-        changed = differences(earlier, config) or differences(earlier, {**config, **identity()})
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise InputError(
-            f"{folder} holds {', '.join(present)} of an unknown configuration; {keep}"
-        ) from None
+    earlier, result = _read_dict(folder / "config.json"), _read_dict(folder / "result.json")
+    if earlier is None:
+        held = ", ".join(present)
+        raise InputError(f"{folder} holds {held} of an unknown configuration; {keep}")
+    changed = differences(earlier, config) or differences(earlier, {**config, **identity()})
     if changed:
         raise InputError(f"{folder} holds a run of another configuration ({changed}); {keep}")
-    result = _read_result(folder)
-    if result and not (missing := missing_files(folder, result)):
+    missing = _missing_files(folder, result) if result else []
+    if result and not missing:
         print(f"done already; --overwrite runs it again; results in {folder}")
         return result
-    if not resume:
+    if not asked.resume:
         what = f"a finished run without {', '.join(missing)}" if result else "an unfinished run"
-        raise InputError(
-            f"{folder} holds {what}; --resume continues it, --overwrite starts it again"
-        )
+        how = "--resume continues it, --overwrite starts it again"
+        raise InputError(f"{folder} holds {what}; {how}")
     return None
 
 
-def _read_result(folder: Path) -> dict[str, Any] | None:
+def _read_dict(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None if it is missing, damaged, or holds no dict."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) else None
+    return content if isinstance(content, dict) else None
 
 
-def missing_files(folder: Path, result: Mapping[str, Any]) -> list[str]:
-    """The files that a finished run with such a result should have and has not, or not whole."""
+def _missing_files(folder: Path, result: Mapping[str, Any]) -> list[str]:
+    """The files that a run with this result wrote and that are missing or cut off now."""
     names = ["plan.json", "pruned.pth"] if "ratio" in result else []
     names += ["last.pth", "model_best.pth"] if result.get("history") else []
     return [name for name in names if not is_whole(folder / name)]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and not cut off; a checkpoint's table of contents is at its end."""
+    """Whether a file exists and, if a checkpoint, is not cut off: its index is at its end."""
     return path.is_file() and (path.suffix != ".pth" or zipfile.is_zipfile(path))
 
 
-def find_last(folder: Path, net: str) -> tuple[Path, Checkpoint] | None:
-    """last.pth of a run, or the one before where the newest does not load; None without any.
+def find_last(asked: RunSettings, config: Config) -> tuple[Path | None, Checkpoint | None]:
+    """The checkpoint to continue, with its path: the one asked for, or else the newest of the run
+    that loads. None if there is no file.
 
-    Raises InputError where none of them loads.
+    Raises InputError if no file loads, or if it is of another configuration.
     """
-    paths = [path for path in (folder / "last.pth", folder / PREVIOUS) if path.exists()]
+    own = [asked.folder / "last.pth", asked.folder / PREVIOUS]
+    paths = [asked.checkpoint] if asked.checkpoint else [path for path in own if path.exists()]
     for path in paths:
         try:
-            return path, load_resumable(path, net)
+            last = load_resumable(path, asked.net)
+            break
         except InputError as error:
             if path == paths[-1]:
                 raise
             print(f"{error}; going on from the one before", file=sys.stderr)
-    print("nothing to resume from: starting afresh")
-    return None
+    else:
+        print("nothing to resume from: starting afresh")
+        return None, None
+    if changed := differences(last.meta["config"], config):
+        raise InputError(f"--resume: that run has another configuration ({changed})")
+    return path, last
 
 
 def load_resumable(path: Path, net: str) -> Checkpoint:
-    """A checkpoint with all it takes to continue; InputError otherwise."""
+    """Load a checkpoint; InputError if it does not hold everything that continuing takes."""
     last = load_checkpoint(path, net)
     if not {"training", "config"} <= last.meta.keys():
         raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
     if "record" not in last.meta["training"]:
-        raise InputError(
-            f"{path}: an earlier version began this run and has to finish it; or start it again"
-            " with --overwrite"
-        )
+        how = "has to finish it; or start it again with --overwrite"
+        raise InputError(f"{path}: an earlier version began this run and {how}")
     return last
 
 
-def check_same_run(last: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """Raise InputError, with what differs, where the flags are not those of the run so far."""
-    changed = differences(last.meta["config"], config)
-    if changed:
-        raise InputError(f"--resume: that run has another configuration ({changed})")
-    return last
+def differences(earlier: Config, now: Config) -> str:
+    """What differs between two configurations, in words; empty if nothing does.
 
-
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two configurations, in words; empty where nothing does.
-
-    A flag that one of them lacks is what it was before the flag existed; data are compared where
-    both configurations know them.
+    A flag that one of them lacks has its value of ``BEFORE``, or is off. Identities of data are
+    compared only if both have one.
     """
 
-    def value(config: Mapping[str, Any], name: str) -> Any:
+    def value(config: Config, name: str) -> str:
         found = config.get(name, BEFORE.get(name))
-        return None if found is False else found
+        return json.dumps(None if found is False else found)
 
-    names = [
-        name
-        for name in sorted({*earlier, *now})
-        if json.dumps(value(earlier, name)) != json.dumps(value(now, name))
-        and not (name in ("classes", "data") and not (name in earlier and name in now))
-    ]
-    return ", ".join(f"{name}: {earlier.get(name)} there, {now.get(name)} here" for name in names)
+    names = {*earlier, *now} - ({"classes", "data"} - (earlier.keys() & now.keys()))
+    return ", ".join(
+        f"{name}: {earlier.get(name)} there, {now.get(name)} here"
+        for name in sorted(names)
+        if value(earlier, name) != value(now, name)
+    )

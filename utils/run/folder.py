@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,8 @@ from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, write_atomically, write_json, write_text
 from utils.pruning import PruningPlan
-from utils.run.existing import (
-    PREVIOUS,
-    RESULTS,
-    check_same_run,
-    existing_run,
-    find_last,
-    load_resumable,
-)
+from utils.run import existing
+from utils.run.existing import RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import FolderLock
 from utils.run.provenance import command_line, versions
 from utils.run.record import Record
@@ -37,80 +31,38 @@ from utils.run.state import RunState, place_of
 from utils.run.tensorboard import TensorBoardLog
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Where a run goes, and what is to happen with what is there.
-
-    Attributes:
-        folder, logdir: of results, and of TensorBoard files.
-        net: name of the network.
-        config: what makes the experiment what it is.
-        resume, overwrite: whether to continue the run that is there, or to replace any.
-        checkpoint_every: write last.pth after so many batches, too.
-        checkpoint: continue this last.pth, which may be in another folder.
-    """
-
-    folder: Path
-    logdir: Path
-    net: str
-    config: dict[str, Any]
-    resume: bool = False
-    overwrite: bool = False
-    checkpoint_every: int | None = None
-    checkpoint: Path | None = None
-
-
 class RunFolder:
-    """Everything a run writes goes through here; no other experiment is written over.
+    """Writes everything that a run writes, and never over another experiment.
 
-    The folder belongs to this process within ``with folder.opened(...)``. Signals wait where
-    ``signals.deferred`` says so, and stop the run at once elsewhere.
-
-    Of several ranks only rank 0 writes; on the others the methods that write do nothing.
-
-    Args:
-        settings: where it goes, and what is to happen with what is there.
-        runtime: which rank this is.
-        identity: tells the data apart, as part of the configuration; only rank 0 asks for it.
+    This process owns the folder within ``with folder.opened(...)``. There, a signal stops the run
+    at once, except in ``signals.deferred``. Only rank 0 writes; on other ranks the methods that
+    write do nothing. Rank 0 alone calls ``identity``, which tells data apart in the configuration.
     """
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        runtime: Runtime,
-        identity: Callable[[], Mapping[str, Any]] = dict,
-    ):
-        self.identity = identity
-        self.settings, self.folder, self.runtime = settings, settings.folder, runtime
-        self.config, self.writes = dict(settings.config), runtime.is_main
+    def __init__(self, settings: RunSettings, runtime: Runtime, identity: existing.Identity = dict):
+        self.settings, self.folder, self.identity = settings, settings.folder, identity
+        self.config, self.runtime = dict(settings.config), runtime
         self.signals, self.board = Signals(), TensorBoardLog()
         self._log, self._lock, self._saved = None, None, False
         self._last: Checkpoint | None = None
-        self._seconds_before, self._began = 0.0, time.perf_counter()
+        self._began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this very run where it is done already; None where there is work to do.
-
-        Raises InputError, on every rank, for a folder that holds another experiment, with what
-        differs, and for an unfinished run that nobody has asked to continue.
-        """
+        """What ``find_run`` returns, or raises, on every rank."""
         asked = self.settings
-        resume = asked.resume or asked.checkpoint is not None
-        return self.runtime.on_main(lambda: existing_run(
-            self.folder, self.config, self.identity, resume=resume, overwrite=asked.overwrite
-        ))  # fmt: skip
+        return self.runtime.on_main(lambda: find_run(asked, self.config, self.identity))
 
     @contextmanager
     def opened(self, classes: Sequence[str]) -> Iterator[RunFolder]:
-        """Take the folder for this process; the classes belong to its configuration, too.
+        """Take the folder for this process; the classes become part of the configuration.
 
-        Raises InputError, on every rank, where another process has the folder, or where it cannot
-        be written.
+        Raises InputError, on every rank, if another process has the folder or if it cannot be
+        written.
         """
         self.config["classes"] = class_digest(classes)
         self.config |= self.runtime.on_main(self.identity)
         path = self.runtime.on_main(self._open)
-        if path and self._last is None:  # rank 0 has chosen; all ranks load the same file
+        if path and self._last is None:  # another rank than 0: load the file that rank 0 chose
             self._last = load_resumable(path, self.settings.net)
         self.signals.install()
         try:
@@ -122,28 +74,22 @@ class RunFolder:
             raise
         finally:
             self.signals.restore()
-            if self.writes:
-                self._close()
+            self._close()
 
     def _open(self) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
-        asked, found = self.settings, None
-        if asked.checkpoint:
-            found = asked.checkpoint, load_resumable(asked.checkpoint, asked.net)
+        asked, path, found = self.settings, None, None
+        if asked.checkpoint:  # a bad one leaves no trace in the folder
+            found = find_last(asked, self.config)
         with _writable(self.folder, "--output"):
-            self._lock = FolderLock(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder)
             self._lock.acquire()
         try:
-            # Looked at before, but another process may have had the folder in between.
-            resume = asked.resume or asked.checkpoint is not None
-            again = {"resume": resume, "overwrite": asked.overwrite}
-            if existing_run(self.folder, self.config, dict, **again):
+            if find_run(asked, self.config, dict):  # ``finished`` looked, but did not have the lock
                 raise InputError(f"{self.folder}: another process has just finished this run")
-            if asked.resume and not found:
-                found = find_last(self.folder, asked.net)
-            path, last = found or (None, None)
-            self._last = check_same_run(last, self.config) if last else None
+            if asked.resume:
+                path, self._last = found or find_last(asked, self.config)
             self._open_files()
         except BaseException:
             self._close()
@@ -151,26 +97,23 @@ class RunFolder:
         return path
 
     def _open_files(self) -> None:
-        with _writable(self.folder, "--output"):
-            self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
         with _writable(self.settings.logdir, "--logdir"):
-            history = self._last.meta["training"]["record"]["history"] if self._last else None
-            first_step = 0 if history is None else len(history) + 1
+            done = self._last and len(self._last.meta["training"]["record"]["history"])
+            first_step = 0 if done is None else done + 1
             self.board = TensorBoardLog(self.settings.logdir, first_step, self.log)
         with _writable(self.folder, "--output"):
-            for name in RESULTS if self.settings.overwrite else ():
+            self._log = (self.folder / "log.txt").open("a" if self._last else "w", encoding="utf-8")
+            for name in existing.RESULTS if self.settings.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
             remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
-            if not self._last:
-                self._log.truncate(0)
 
     def resumed(self) -> RunState | None:
-        """The state to continue from; None at the start."""
+        """The state to continue from; None if the run starts."""
         if self._last is None:
             return None
         state = RunState.from_checkpoint(self._last)
-        self._seconds_before = state.seconds
+        self._began -= state.seconds  # the time that earlier processes spent counts, too
         saved = self._last.meta["training"]
         batches = f" and {saved['batch']} batches" if saved["batch"] else ""
         self.log(f"continues after epoch {saved['epoch']}{batches} of round {state.round + 1}")
@@ -183,12 +126,8 @@ class RunFolder:
                 )
         return state
 
-    def seconds(self) -> float:
-        """How long the run has taken so far: earlier legs up to their last checkpoint, and this."""
-        return self._seconds_before + time.perf_counter() - self._began
-
     def _resume_line(self) -> str:
-        """The command that continues this run; without the checkpoint that it came from."""
+        """The command that continues this run, from this folder."""
         only_now = "--checkpoint" if self.settings.checkpoint else ""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             without = f" without {only_now}" if only_now else ""
@@ -204,15 +143,17 @@ class RunFolder:
     def _close(self) -> None:
         self.board.close()
         if self._log is not None:
-            with suppress(OSError):  # a full disk has been told of already
+            with suppress(OSError):  # a full disk has been reported already
                 self._log.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What cannot be written while the run goes on ends it, in one line."""
+    def _write(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Call ``write`` on rank 0. If it cannot write, end the run with one line."""
+        if not self.runtime.is_main:
+            return
         try:
-            yield
+            write(*args, **options)
         except OSError as error:
             raise RunError(
                 f"{self.folder} cannot be written any more ({error}); the checkpoints that are"
@@ -221,80 +162,62 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Print, and keep in log.txt."""
-        if self.writes:
-            with suppress(OSError):  # nobody reads any more
+        if self.runtime.is_main:
+            with suppress(OSError):  # stdout is a closed pipe
                 print(text, flush=True)
-            with self._writing():
-                self._log.write(text + "\n")
-                self._log.flush()
+        self._write(print, text, file=self._log, flush=True)
 
     def save_plan(self, plan: PruningPlan) -> None:
         """Write plan.json."""
-        if self.writes:
-            with self._writing():
-                write_text(self.folder / "plan.json", plan.to_json())
+        self._write(write_text, self.folder / "plan.json", plan.to_json())
 
     def save(self, name: str, model: GatedModel, **meta: Any) -> None:
         """Write a checkpoint of the bare model into the folder."""
-        if self.writes:
-            with self._writing():
-                save_checkpoint(self.folder / name, model, config=self.config, **meta)
+        self._write(save_checkpoint, self.folder / name, model, config=self.config, **meta)
 
     def save_last(self, state: RunState, training: Mapping[str, Any], **meta: Any) -> None:
         """Write last.pth; ``training`` is the state of ``fit``.
 
-        The file before, if this process wrote it, stays as last_previous.pth.
+        The last.pth before it, if this process wrote that, stays as last_previous.pth.
         """
-        if self.writes:
-            previous = self.folder / PREVIOUS if self._saved else None
-            meta |= {"config": self.config}
-            meta["training"] = state.to_save(training, self.runtime, self.seconds())
-            with self._writing():
-                save_checkpoint(self.folder / "last.pth", state.model, previous=previous, **meta)
-            self._saved = True
+        meta["previous"] = self.folder / existing.PREVIOUS if self._saved else None
+        seconds = time.perf_counter() - self._began
+        meta["training"] = state.to_save(training, self.runtime, seconds)
+        self.save("last.pth", state.model, **meta)
+        self._saved = True
 
     def check_space(self, model: GatedModel) -> None:
-        """Raise InputError where the disk has no room for the checkpoints of a run."""
-        if self.writes:
-            # Weights and momentum in last.pth, in the one before and in a temporary file.
-            need = 3 * 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
-            free = shutil.disk_usage(self.folder).free
-            if free < need:
-                raise InputError(
-                    f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
-                    f" {need / 1e6:.0f}; make room, or see --output"
-                )
+        """Raise InputError if the disk has no room for the checkpoints of a run."""
+        # Weights and momentum, in last.pth, in last_previous.pth and in a temporary file.
+        need = 3 * 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
+        if self.runtime.is_main and (free := shutil.disk_usage(self.folder).free) < need:
+            raise InputError(
+                f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
+                f" {need / 1e6:.0f}; make room, or see --output"
+            )
 
-    def adopt(self, other: Path, name: str) -> None:
-        """Take along a file of the folder that a run comes from, in or beside ``other``."""
-        source = (other if other.is_dir() else other.parent) / name
-        if self.writes and source.is_file() and not (self.folder / name).exists():
-            with self._writing():
-                write_atomically(self.folder / name, lambda file: file.write(source.read_bytes()))
+    def adopt(self, name: str) -> None:
+        """Copy a file that lies beside the checkpoint of the settings, unless the run has it."""
+        source, target = self.settings.checkpoint.with_name(name), self.folder / name
+        if source.is_file() and not target.exists():
+            self._write(write_atomically, target, lambda file: file.write(source.read_bytes()))
 
     def finish(self, record: Record) -> dict[str, Any]:
-        """Complete the record, write it as result.json, and return what is in there."""
+        """Complete the record, write it as result.json, and return its content."""
         record.command, record.config, record.versions = command_line(), self.config, versions()
-        record.wall_time_seconds = round(self.seconds(), 1)
+        record.wall_time_seconds = round(time.perf_counter() - self._began, 1)
         result = record.as_json()
-        if self.writes:
-            with self._writing():
-                write_json(self.folder / "result.json", result)
+        self._write(write_json, self.folder / "result.json", result)
         self.board.draw_result(record)
-        self.log(f"took {format_seconds(record.wall_time_seconds)}; results in {self.folder}")
+        took = timedelta(seconds=round(record.wall_time_seconds))
+        self.log(f"took {took}; results in {self.folder}")
         return result
 
 
 @contextmanager
 def _writable(place: Path, flag: str) -> Iterator[None]:
-    """Turn what goes wrong in writing below ``place`` into a line that names it and its flag."""
+    """Turn an error of writing below ``place`` into one line that names it and its flag."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

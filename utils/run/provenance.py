@@ -1,4 +1,4 @@
-"""What it takes to repeat a run: its command, and the versions of what it ran on."""
+"""What repeating a run takes: its command, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,18 +21,16 @@ def command_line() -> str:
 
 def versions() -> dict[str, str | int | None]:
     return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+        "commit": commit(), "python": platform.python_version(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "torchvision": torchvision.__version__,
+    }  # fmt: skip
 
 
 def commit() -> str | None:
-    """The commit of this repository; None outside git, or without git."""
-    git = ["git", f"--git-dir={Path(__file__).parents[2] / '.git'}"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = [*git, "rev-parse", "--short", "HEAD"]
+    """The commit of this repository; None without git, and outside a repository."""
+    folder = Path(__file__).parents[2] / ".git"
+    command = ["git", f"--git-dir={folder}", "rev-parse", "--short", "HEAD"]
+    try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    return None
+    except (OSError, subprocess.CalledProcessError):
+        return None

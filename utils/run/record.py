@@ -1,4 +1,4 @@
-"""The record of a run: the one schema of result.json, of the final table, TensorBoard and tools."""
+"""The record of a run: the schema of result.json for TensorBoard and tools, and its table."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from utils.metrics import Metrics
 from utils.pruning import PruningPlan
 
 KINDS = ("accuracy", "top5")
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,92 +40,81 @@ class Measurement:
 
 @dataclass
 class Record:
-    """What is known of a run so far. Every field is plain JSON.
+    """What a run knows so far. Every field is plain JSON. None: this kind of run has no such field.
 
-    Attributes:
-        net, dataset, seed: what was trained, on what.
-        accuracy, top5: per cent on the test set: ``baseline``, ``after_surgery``,
-            ``recalibrated``, ``last`` and ``best`` epoch, ``best_epoch``.
-        cost: MACs and parameters; of a pruning run ``before`` and ``after`` of each.
-        history: every epoch (``utils.finetune.Epoch``), with ``round`` and ``tested_on``.
-        holdout: accuracies on the images that chose the best epoch, where there are any.
-        criterion, method: what scores a channel, and in how many rounds channels go, in words.
-        ratio: share of the gate entries ``asked`` (None with a budget) and ``reached``.
-        budget: shares of ``macs`` or ``params`` that were to stay; None for the other.
-        baseline: configuration of the run that made the baseline, if its file says.
-        gate_entries, channels: ``before`` and ``after``, all together and by channel group.
-        held_at_floor: groups that keep more channels than asked, at the floor.
-        rounds: size and accuracy after every round that cut something.
-        command, config, versions, wall_time_seconds: what it takes to repeat the run.
+    ``before`` and ``after`` are the network before the first cut and after the latest one.
     """
 
     net: str
     dataset: str
     seed: int
-    accuracy: dict[str, Any] = field(default_factory=dict)
-    top5: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    holdout: dict[str, Any] | None = None
-    criterion: str | None = None
-    method: str | None = None
-    ratio: dict[str, Any] | None = None
-    budget: dict[str, Any] | None = None
-    baseline: dict[str, Any] | None = None
-    gate_entries: dict[str, int] | None = None
-    channels: dict[str, dict[str, int]] | None = None
-    held_at_floor: list[str] | None = None
-    rounds: list[dict[str, Any]] | None = None
+    # Per cent on the test set: baseline, after_surgery, recalibrated, last and best epoch. And the
+    # number of the best epoch: best_epoch.
+    accuracy: Json = field(default_factory=dict)
+    top5: Json = field(default_factory=dict)
+    cost: Json = field(default_factory=dict)  # macs, params; in a pruning run before and after
+    history: list[Json] = field(default_factory=list)  # ``Epoch``, with round and tested_on
+    holdout: Json | None = None  # its accuracies, which chose the best epoch
+    criterion: str | None = None  # what scores a channel
+    method: str | None = None  # the rounds in words
+    ratio: Json | None = None  # of the gate entries: asked (None with a budget) and reached
+    budget: Json | None = None  # shares of macs or params that may stay; None for the other
+    baseline: Json | None = None  # config of the run that made it, if its file holds one
+    gate_entries: dict[str, int] | None = None  # before and after
+    channels: dict[str, dict[str, int]] | None = None  # before and after, by group
+    held_at_floor: list[str] | None = None  # groups that keep more than selected: the minimum
+    rounds: list[Json] | None = None  # size and accuracy after every round that selected
     command: str | None = None
-    config: dict[str, Any] | None = None
-    versions: dict[str, Any] | None = None
+    config: Json | None = None
+    versions: Json | None = None
     wall_time_seconds: float | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Record:
-        """The inverse of ``as_json``; what this version does not know is left out.
+        """The inverse of ``as_json``; unknown fields are ignored.
 
-        Raises KeyError with the name of what every record holds and this one lacks.
+        Raises KeyError, with its name, if a field is missing that every record has.
         """
-        needed = {name: content[name] for name in ("net", "dataset", "seed")}
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        return cls(**{**known, **needed})
+        needed = ("net", "dataset", "seed")
+        names = [f.name for f in fields(cls) if f.name in content or f.name in needed]
+        return cls(**{name: content[name] for name in names})
 
     def as_json(self) -> dict[str, Any]:
-        """Without the fields that this kind of run does not have."""
+        """Without the fields that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def begin_pruning(self, before: Measurement, baseline: Mapping[str, Any] | None) -> None:
-        """Note the network before anything is cut, and the configuration that made it."""
+        """Note the network before any cut, and the configuration of the run that made it."""
         self.baseline = {"config": baseline and dict(baseline)}
-        for kind in KINDS:
-            getattr(self, kind)["baseline"] = getattr(before.metrics, kind)
-        self.cost = {
-            name: {"before": value, "after": value} for name, value in vars(before.cost).items()
-        }
-        entries = before.gate_entries
-        self.gate_entries = {"before": entries, "after": entries}
-        self.channels = {name: {"before": w, "after": w} for name, w in before.widths.items()}
-        self.held_at_floor, self.rounds = [], []
+        self._note_accuracy("baseline", before.metrics)
+        self.gate_entries, self.channels, self.held_at_floor, self.rounds = {}, {}, [], []
+        self._note_size("before", before)
+        self._note_size("after", before)
 
     def add_cut(self, plan: PruningPlan, after: Measurement, recalibrated: Metrics | None) -> None:
-        """Note what a round has cut. ``after`` says how the network is since then."""
-        for kind in KINDS:
-            getattr(self, kind)["after_surgery"] = getattr(after.metrics, kind)
-            if recalibrated:
-                getattr(self, kind)["recalibrated"] = getattr(recalibrated, kind)
-        self.gate_entries["after"] = after.gate_entries
+        """Note what a round has cut, and the network after the cut."""
+        self._note_accuracy("after_surgery", after.metrics)
+        if recalibrated:
+            self._note_accuracy("recalibrated", recalibrated)
+        self._note_size("after", after)
         self.ratio["reached"] = 1 - after.gate_entries / self.gate_entries["before"]
-        for name, value in vars(after.cost).items():
-            self.cost[name]["after"] = value
-        for name, width in after.widths.items():
-            self.channels[name]["after"] = width
         self.held_at_floor = list(plan.held_at_floor)
         self.rounds.append({
             "ratio": self.ratio["reached"], **vars(after.cost),
             "after_surgery": after.metrics.accuracy,
             "recalibrated": recalibrated and recalibrated.accuracy,
         })  # fmt: skip
+
+    def _note_accuracy(self, when: str, metrics: Metrics | None) -> None:
+        for kind in KINDS:
+            getattr(self, kind)[when] = metrics and getattr(metrics, kind)
+
+    def _note_size(self, when: str, network: Measurement) -> None:
+        self.gate_entries[when] = network.gate_entries
+        for name, value in vars(network.cost).items():
+            self.cost.setdefault(name, {})[when] = value
+        for name, width in network.widths.items():
+            self.channels.setdefault(name, {})[when] = width
 
     @property
     def shrunk(self) -> set[str]:
@@ -135,28 +125,77 @@ class Record:
     @property
     def size_before(self) -> dict[str, int]:
         """``gate_entries``, ``macs`` and ``params`` of the network before the first round."""
-        sizes = {name: cost["before"] for name, cost in self.cost.items()}
-        return {"gate_entries": self.gate_entries["before"], **sizes}
+        sizes = {"gate_entries": self.gate_entries, **self.cost}
+        return {name: size["before"] for name, size in sizes.items()}
 
     def add_epoch(self, epoch: Epoch, round_number: int, tested_on: str) -> None:
         self.history.append({**epoch.as_dict(), "round": round_number, "tested_on": tested_on})
 
     def epochs(self, round_number: int) -> list[Epoch]:
-        """The epochs of one round."""
+        """The epochs of one round; rounds count from 1."""
         return [Epoch.from_dict(e) for e in self.history if e["round"] == round_number]
 
     def best(self, round_number: int) -> Epoch | None:
-        """The epoch of a round that was best on the images that choose; the first of equals."""
+        """The epoch of a round with the best test or holdout accuracy; the first of equals."""
         return max(self.epochs(round_number), key=lambda epoch: epoch.test.accuracy, default=None)
 
-    def note_epochs(self, round_number: int) -> dict[str, dict[str, Any]]:
-        """Last and best epoch of a round, by kind of accuracy; None without any epoch."""
-        last, best = (self.epochs(round_number) or [None])[-1], self.best(round_number)
-        return {
-            kind: {
-                "last": last and getattr(last.test, kind),
-                "best": best and getattr(best.test, kind),
-                "best_epoch": best and best.number,
-            }
-            for kind in KINDS
-        }  # fmt: skip
+    def note_end(self, last: Metrics | None, best: Metrics | None, best_epoch: int | None) -> None:
+        """Note the accuracies of the last and the best epoch; None without training."""
+        self._note_accuracy("last", last)
+        self._note_accuracy("best", best)
+        self.accuracy["best_epoch"] = self.top5["best_epoch"] = best_epoch
+
+
+def final_table(record: Record) -> str:
+    """Accuracies, costs and channels per group, in at most 79 columns."""
+    return "\n".join([
+        f"{record.net} on {record.dataset}, {record.criterion}, {record.method},"
+        f" seed {record.seed}",
+        "", *_accuracies(record), "", *_sizes(record), "", *_channels(record),
+    ])  # fmt: skip
+
+
+def _accuracies(record: Record) -> list[str]:
+    trained = "trained" if record.method == "from scratch" else "fine-tuned"
+    titles = {
+        "baseline": "baseline", "after_surgery": "after surgery",
+        "recalibrated": "statistics recalibrated", "last": f"{trained}, last epoch",
+        "best": f"{trained}, best on {'holdout' if record.holdout else 'test'}",
+    }  # fmt: skip
+    lines = [f"  {'accuracy, %':<28}{'top-1':>10}{'top-5':>10}"]
+    for name, title in titles.items():
+        if (top1 := record.accuracy.get(name)) is not None:
+            lines.append(f"  {title:<28}{top1:10.2f}{record.top5[name]:10.2f}")
+    if epoch := record.accuracy["best_epoch"]:
+        lines[-1] += f"   (epoch {epoch})"
+    return lines
+
+
+def _sizes(record: Record) -> list[str]:
+    titles = {"macs": "multiply-adds (MACs), M", "params": "parameters, M"}
+    lines = [f"  {'':<28}{'before':>10}{'after':>10}{'reduction':>12}"]
+    for name, title in titles.items():
+        before, after = (record.cost[name][when] / 1e6 for when in ("before", "after"))
+        lines.append(
+            f"  {title:<28}{before:10.3f}{after:10.3f}{100 * (1 - after / before):10.1f} %"
+        )
+    ratio = record.ratio["asked"]
+    asked = "" if ratio is None else f"asked {100 * ratio:.2f} %, "
+    lines += ["", f"  gate entries removed: {asked}reached {100 * record.ratio['reached']:.2f} %"]
+    for name, title in (("macs", "multiply-adds"), ("params", "parameters")):
+        if (share := record.budget[name]) is not None:
+            reached = record.cost[name]["after"] / record.cost[name]["before"]
+            lines.append(
+                f"  {title} kept: asked at most {100 * share:.2f} %, reached {100 * reached:.2f} %"
+            )
+    return lines
+
+
+def _channels(record: Record) -> list[str]:
+    lines = [f"  {'channels':<28}{'before':>10}{'after':>10}"]
+    for name, widths in record.channels.items():
+        before, after = widths["before"], widths["after"]
+        note = "   at the floor" if name in record.held_at_floor else ""
+        bar = "#" * round(20 * after / before)
+        lines.append(f"  {name:<28}{before:10}{after:10}   {bar:<20}{note}".rstrip())
+    return lines

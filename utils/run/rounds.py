@@ -1,4 +1,4 @@
-"""The rounds of a pruning run: what each cuts, and how it trains after that."""
+"""The rounds of a pruning run: what each one cuts, and how it trains afterwards."""
 
 from __future__ import annotations
 
@@ -12,40 +12,24 @@ from utils.selection import Goal
 
 @dataclass(frozen=True)
 class Round:
-    """One cut and the training after it.
+    """One cut, and the training after it. By default a round only trains."""
 
-    Attributes:
-        recipe: how to train.
-        scores: whether the network is scored anew and channels are selected.
-        share: how much of all that is to go is gone after this round.
-        groups: the groups of the plan that this round cuts; None for all that it selects.
-        fresh: whether training begins with fresh weights.
-    """
-
-    recipe: Recipe
-    scores: bool = False
-    share: float = 1.0
-    groups: tuple[str, ...] | None = None
-    fresh: bool = False
+    recipe: Recipe  # how to train
+    scores: bool = False  # score the network and select channels first
+    share: float = 1.0  # how much of the whole goal is reached after this round
+    groups: tuple[str, ...] | None = None  # cut these of the plan; None: all that this selects
+    fresh: bool = False  # train from fresh weights
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """All that the command line asks of a pruning run.
+    """What the command line asks of a pruning run."""
 
-    Attributes:
-        scoring: how channels are scored.
-        goal: how much goes.
-        rounds: in which steps.
-        recalibrate: batches that re-estimate BatchNorm's running statistics after a cut; 0: none.
-        method: the rounds in words.
-    """
-
-    scoring: Scoring
-    goal: Goal
+    scoring: Scoring  # how channels are scored
+    goal: Goal  # how much goes
     rounds: tuple[Round, ...]
-    recalibrate: int
-    method: str
+    recalibrate: int  # batches for new running statistics of BatchNorm after a cut; 0: keep them
+    method: str  # the rounds in words
 
 
 def one_shot(recipes: Recipes) -> tuple[Round, ...]:
@@ -54,20 +38,20 @@ def one_shot(recipes: Recipes) -> tuple[Round, ...]:
 
 
 def from_scratch(recipes: Recipes) -> tuple[Round, ...]:
-    """The control: the pruned shape with fresh weights, trained by the baseline's recipe."""
+    """The control: train the pruned shape from fresh weights by the baseline's recipe."""
     return (Round(recipes.scratch, scores=True, fresh=True),)
 
 
 def in_steps(count: int, recipes: Recipes) -> tuple[Round, ...]:
-    """Score anew in every round, and reach i / count of the goal; then a round that only trains."""
+    """Score anew in round i, and reach i / count of the goal; then a round that only trains."""
     rounds = [Round(recipes.stage, scores=True, share=i / count) for i in range(1, count + 1)]
     return (*rounds, *([Round(recipes.one_shot)] if recipes.one_shot.epochs else []))
 
 
 def smooth(model: GatedModel, recipes: Recipes) -> tuple[Round, ...]:
-    """Score once, cut the plan part by part; then a round that only trains.
+    """Score once, and cut one part of the plan a round; then a round that only trains.
 
-    The parts are those of ``GatedModel.pruning_stages``: one group, or one residual block.
+    A part is a group or a residual block: see ``GatedModel.pruning_stages``.
     """
     parts = enumerate(model.pruning_stages())
     rounds = [Round(recipes.stage, scores=i == 0, groups=groups) for i, groups in parts]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once where nothing is lost by it, after the batch where something is."""
+"""SIGINT and SIGTERM: training stops after the batch, everything else stops at once."""
 
 from __future__ import annotations
 
@@ -14,30 +14,25 @@ from utils.errors import Interrupted
 
 
 class Signals:
-    """What a process does about SIGINT and SIGTERM between ``install`` and ``restore``.
-
-    Attributes:
-        received: the number of the signal that waits to be obeyed, or 0.
-    """
+    """Handles SIGINT and SIGTERM between ``install`` and ``restore``."""
 
     def __init__(self):
-        self.received = 0
+        self.received = 0  # number of the first signal; 0 before it
         self._deferring = False
         self._before: dict[int, object] = {}
 
     def install(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # others may not
+        if threading.current_thread() is threading.main_thread():  # Python forbids it elsewhere
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._handle)
 
     def restore(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        self._before = {}
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal is only noted in ``received``; a second one leaves at once."""
+        """In this context a first signal only sets ``received``; a second one stops at once."""
         self._deferring = True
         try:
             yield
@@ -47,7 +42,7 @@ class Signals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
             os._exit(128 + signum)
-        # Noted in any case: what is raised where Python ignores errors is obeyed after the batch.
+        # Set in any case: Python swallows exceptions in __del__, and then the loop checks this.
         self.received = signum
         if not self._deferring:
             raise Interrupted(signum)

@@ -1,4 +1,4 @@
-"""Where a run is: everything that last.pth holds to continue it to the same bits."""
+"""Where a run is: everything that last.pth holds, to continue the run to the same bits."""
 
 from __future__ import annotations
 
@@ -19,25 +19,16 @@ from utils.run.record import Record
 
 @dataclass
 class RunState:
-    """The state of a run; mutable.
+    """The state of a run; mutable."""
 
-    Attributes:
-        model: the bare network as it is now.
-        record: what is known so far.
-        plan: the channels kept of the network that the run began with, as planned so far.
-        round: index of the present round.
-        training: where ``utils.finetune.fit`` is in this round, as its ``resume`` takes it: epoch,
-            batch, sums of the begun epoch, optimiser, schedule, gradient scaler. None before the
-            round's cut.
-        seconds: how long earlier processes have worked on the run, up to their last checkpoint.
-    """
-
-    model: GatedModel
+    model: GatedModel  # the bare network as it is now
     record: Record
+    # The channels that stay, planned so far; the indices count the baseline's channels.
     plan: PruningPlan = field(default_factory=lambda: PruningPlan({}))
-    round: int = 0
+    round: int = 0  # index of the present round
+    # What ``utils.finetune.fit`` takes as ``resume``, if this round is resumed in its training.
     training: Mapping[str, Any] | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent by earlier processes, up to their last checkpoint
 
     @property
     def epochs_before(self) -> int:
@@ -47,7 +38,7 @@ class RunState:
     def to_save(
         self, training: Mapping[str, Any], runtime: Runtime, seconds: float
     ) -> dict[str, Any]:
-        """What last.pth holds besides the weights; ``training`` is the state of ``fit`` by now."""
+        """What last.pth holds besides the weights; ``training`` is the present state of ``fit``."""
         return {
             **training, "round": self.round, "plan": self.plan.keep,
             "record": self.record.as_json(), "seconds": seconds, "place": place_of(runtime),
@@ -56,13 +47,11 @@ class RunState:
 
     @classmethod
     def from_checkpoint(cls, last: Checkpoint) -> RunState:
-        """The state that a last.pth holds; the random streams continue from there, too."""
+        """The state that a last.pth holds. Every random stream is set to its saved state, too."""
         saved = last.meta["training"]
         set_random_state(saved["random"])
-        return cls(
-            last.model, Record.from_json(saved["record"]), PruningPlan(saved["plan"]),
-            saved["round"], saved, saved["seconds"],
-        )  # fmt: skip
+        record, plan = Record.from_json(saved["record"]), PruningPlan(saved["plan"])
+        return cls(last.model, record, plan, saved["round"], saved, saved["seconds"])
 
 
 def place_of(runtime: Runtime) -> dict[str, int]:
@@ -72,7 +61,7 @@ def place_of(runtime: Runtime) -> dict[str, int]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random stream: of Python, NumPy, torch, and CUDA where there is one."""
+    """The states of Python's, NumPy's, torch's and CUDA's generators, as tensors and numbers."""
     version, python, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
@@ -84,7 +73,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of ``random_state``; CUDA's stays where the number of GPUs is another."""
+    """The inverse of ``random_state``. With another number of GPUs, CUDA's state is not set."""
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     name, keys, *rest = state["numpy"]

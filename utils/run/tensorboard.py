@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,15 @@ from utils.run.record import Record
 
 
 class TensorBoardLog:
-    """TensorBoard files; a run goes on without them where they cannot be written any more.
+    """TensorBoard files in ``logdir``, if any. What an earlier process drew from ``first_step`` on
+    is hidden.
 
-    Args:
-        logdir: where they go; without it, nothing is drawn.
-        first_step: TensorBoard shows nothing of what an earlier run wrote from that step on.
-        warn: is told where drawing ends.
-
-    Raises OSError where they cannot be written from the start.
+    Raises OSError if the files cannot be written from the start. If they cannot be written later,
+    ``warn`` is called with one line, and the run continues without them.
     """
 
     def __init__(
-        self,
-        logdir: Path | None = None,
-        first_step: int = 0,
-        warn: Callable[[str], None] = print,
+        self, logdir: Path | None = None, first_step: int = 0, warn: Callable[[str], None] = print
     ):
         self.writer, self.warn, self._hook = None, warn, threading.excepthook
         if logdir:
@@ -42,76 +36,70 @@ class TensorBoardLog:
                 raise
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        """No traceback of TensorBoard's own thread: the next drawing raises its error again."""
+        """Hide a traceback of TensorBoard's own thread: the next drawing raises the error again."""
         ours = type(args.thread).__module__.startswith("tensorboard.")
         if not (ours and isinstance(args.exc_value, OSError)):
             self._hook(args)
 
     def close(self) -> None:
         if self.writer is not None:
-            with suppress(OSError):  # a full disk has been told of already
+            with suppress(OSError):  # the user has been warned already
                 self.writer.close()
         threading.excepthook = self._hook
 
+    def _draw(self, method: str, *args: Any, **options: Any) -> None:
+        """Call a method of the writer, if there is one; its first error ends all drawing."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args, **options)
+        except (OSError, ValueError) as error:  # ValueError: a histogram of values that overflow
+            self.writer = None
+            self.warn(f"warning: no more TensorBoard files: they cannot be written ({error})")
+
     def draw_epoch(self, epoch: Epoch, step: int, tested_on: str) -> None:
-        """Scalars at ``step``, the epochs since the run began."""
+        """Draw the scalars of an epoch; ``step`` counts epochs since the run began."""
         scalars = {"lr": epoch.lr, "images_per_second": epoch.images_per_second}
         for part, metrics in (("train", epoch.train), (tested_on, epoch.test)):
             scalars |= {f"loss/{part}": metrics.loss, f"accuracy/{part}": metrics.accuracy}
-        with self._drawing() as board:
-            for name, value in scalars.items() if board else ():
-                board.add_scalar(name, value, step)
+        for name, value in scalars.items():
+            self._draw("add_scalar", name, value, step)
 
     def draw_saliency(self, saliency: Mapping[str, Tensor], step: int) -> None:
-        """A histogram of every group's scores, in a round of pruning."""
-        with self._drawing() as board:
-            for name, scores in saliency.items() if board else ():
-                board.add_histogram(f"saliency/{name}", scores.detach().cpu(), step)
+        """Draw a histogram of the scores of every group."""
+        for name, scores in saliency.items():
+            self._draw("add_histogram", f"saliency/{name}", scores.detach().cpu(), step)
 
     def draw_surgery(self, record: Record) -> None:
-        """The channels that every group keeps after a round, as curves and a table."""
+        """Draw the channels that every group keeps, as curves and as a table."""
         step = len(record.history)
-        rows = ["| group | before | after |", "| --- | --- | --- |"]
-        with self._drawing() as board:
-            for name, channels in record.channels.items() if board else ():
-                board.add_scalar(f"channels/{name}", channels["after"], step)
-                rows.append(f"| {name} | {channels['before']} | {channels['after']} |")
-            if board:
-                board.add_text("channels", "\n".join(rows), step)
+        for name, channels in record.channels.items():
+            self._draw("add_scalar", f"channels/{name}", channels["after"], step)
+        rows = [(name, *channels.values()) for name, channels in record.channels.items()]
+        self._draw("add_text", "channels", _table(("group", "before", "after"), rows), step)
 
     def draw_config(self, config: Mapping[str, Any]) -> None:
-        """The configuration as a table."""
-        rows = [f"| {name} | {value} |" for name, value in config.items()]
-        with self._drawing() as board:
-            if board:
-                board.add_text(
-                    "configuration", "\n".join(["| flag | value |", "| --- | --- |", *rows])
-                )
+        """Show the configuration as a table."""
+        self._draw("add_text", "configuration", _table(("flag", "value"), config.items()))
 
     def draw_result(self, record: Record) -> None:
-        """The HPARAMS tab: what was asked for beside what came out."""
+        """Fill the HPARAMS tab: the flags beside accuracy and cost."""
         asked = {
-            k: v if isinstance(v, (bool, int, float)) else str(v)
-            for k, v in record.config.items()
-            if v is not None
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in record.config.items()
+            if value is not None
         }
-        metrics = {
-            f"result/accuracy/{name}": value
-            for name, value in record.accuracy.items()
-            if value is not None and name != "best_epoch"
-        }
+        metrics = {f"accuracy/{name}": value for name, value in record.accuracy.items()}
+        del metrics["accuracy/best_epoch"]
         for name, cost in record.cost.items():
-            metrics[f"result/{name}"] = cost["after"] if isinstance(cost, Mapping) else cost
-        with self._drawing() as board:
-            if board:
-                board.flush()  # add_hparams writes a file of its own, which is to be the last
-                board.add_hparams(asked, metrics, run_name=".")
+            metrics[name] = cost["after"] if isinstance(cost, Mapping) else cost
+        results = {f"result/{name}": v for name, v in metrics.items() if v is not None}
+        self._draw("flush")  # add_hparams writes a second file, which must be the newest
+        self._draw("add_hparams", asked, results, run_name=".")
 
-    @contextmanager
-    def _drawing(self) -> Iterator[SummaryWriter | None]:
-        """The board, if there is one; a run goes on without it where it cannot be written."""
-        try:
-            yield self.writer
-        except (OSError, ValueError) as error:  # ValueError: a histogram that it cannot bin
-            self.writer = None
-            self.warn(f"warning: no more TensorBoard files: they cannot be written ({error})")
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown."""
+    titles = list(titles)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
