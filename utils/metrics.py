@@ -52,7 +52,7 @@ class RunningMetrics:
 
     def all_sums(self) -> list[float]:
         """Over all ranks."""
-        return self.runtime.sum(self.sums.clone()).tolist()
+        return self.runtime.reduce(self.sums.clone(), "SUM").tolist()
 
     def metrics(self, everywhere: bool = True) -> Metrics:
         """Of all ranks, or of this one."""
@@ -62,7 +62,7 @@ class RunningMetrics:
 
     def check(self, where: str, why: str) -> None:
         """Raise RunError, on every rank, if the loss of a batch was not finite."""
-        first = self.runtime.minimum(self.first_bad.clone()).item()
+        first = self.runtime.reduce(self.first_bad.clone(), "MIN").item()
         if math.isfinite(first):
             raise RunError(f"the loss is not finite in {where}, batch {first:.0f}: {why}")
 
