@@ -1,7 +1,4 @@
-"""Where a run computes: the CPU, one accelerator, several GPUs, or several processes.
-
-Only this file knows ranks and the wrappers around a model.
-"""
+"""Where a run computes: devices, ranks, precision. Only this file knows ranks and wrappers."""
 
 from __future__ import annotations
 
@@ -101,10 +98,6 @@ class Runtime:
         """Mixed precision, for the forward pass and the loss of a training step."""
         amp = self.acceleration.amp
         return torch.autocast(self.device.type, AMP.get(amp), enabled=amp is not None)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss so that fp16 can hold its gradients; does nothing for other types."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.acceleration.amp == "fp16")
 
     def undo_sync_bn(self, model: GatedModel) -> None:
         """Put ordinary BatchNorm layers back, so that one rank can run the model alone."""
@@ -255,4 +248,3 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
