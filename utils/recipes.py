@@ -116,17 +116,13 @@ class Recipes:
         If a length is None, it changes in proportion to ``epochs``, rounded up.
         """
 
-        def in_proportion(recipe: Recipe, length: int | None) -> Recipe:
+        def adapt(recipe: Recipe, length: int | None) -> Recipe:
             if length is None:
                 length = -(-recipe.epochs * epochs // self.one_shot.epochs)
             return recipe.adapted(length, *changes)
 
-        return Recipes(
-            self.one_shot.adapted(epochs, *changes),
-            in_proportion(self.stage, stage_epochs),
-            in_proportion(self.final, final_epochs),
-            self.scratch.adapted(epochs, *changes),
-        )
+        recipes = self.one_shot, self.stage, self.final, self.scratch
+        return Recipes(*map(adapt, recipes, (epochs, stage_epochs, final_epochs, epochs)))
 
 
 CIFAR_COSINE = Cosine(warmup_epochs=5)  # --cosine of the CIFAR scripts

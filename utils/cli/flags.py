@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser
 
 from models import ALIASES, IMAGENET_NETWORKS, NETWORKS
 from utils.cli import parser as value
@@ -16,20 +16,20 @@ from utils.saliency import CRITERIA
 # fmt: off
 
 
-def add_network_flag(parser: argparse.ArgumentParser) -> None:
+def add_network_flag(parser: ArgumentParser) -> None:
     """--net, for small images."""
     names = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
     parser.add_argument("--net", type=value.network(names), default="gatevgg16",
                         help=f"the network: {', '.join(names)}")
 
 
-def add_imagenet_network_flag(parser: argparse.ArgumentParser) -> None:
+def add_imagenet_network_flag(parser: ArgumentParser) -> None:
     """--net, for ImageNet."""
     parser.add_argument("--net", type=value.network(IMAGENET_NETWORKS), default="resnet50",
                         help=f"the network: {', '.join(IMAGENET_NETWORKS)}")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: ArgumentParser) -> None:
     """Small images: which, and where."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10",
@@ -42,22 +42,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit_test_batches", type=value.count, metavar="N", help="evaluate on N batches of 500")
 
 
-def add_normalisation_flags(parser: argparse.ArgumentParser) -> None:
+def add_normalisation_flags(parser: ArgumentParser) -> None:
     """What pixels are normalised with."""
     add = parser.add_argument_group("normalisation").add_argument
     add("--mean", type=value.channel_values(0), metavar="R,G,B",
         help="mean of the pixels in [0, 1] (default: from the checkpoint, else from the data)")
-    add("--std", type=value.channel_values(1e-6), metavar="R,G,B", help="standard deviation")
+    add("--std", type=value.channel_values(1e-6), metavar="R,G,B", help="their standard deviation")
 
 
-def add_holdout_flag(parser: argparse.ArgumentParser) -> None:
+def add_holdout_flag(parser: ArgumentParser) -> None:
     """Which images choose the best epoch."""
     parser.add_argument("--holdout", type=value.count_or_zero, default=0, metavar="N",
         help="choose the best epoch on the last N training images, which training leaves out;"
              " with 0, choose it on the test set")
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+def add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
     """What every kind of training has; ``least_epochs`` is 0 or 1."""
     add = parser.add_argument_group("training").add_argument
     milestones = " and ".join(map(str, recipe.milestones))
@@ -70,28 +70,29 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: Recipe, least_epoc
         help=f"L2 penalty (default: {recipe.weight_decay:g})")
 
 
-def add_cifar_training_flags(parser: argparse.ArgumentParser) -> None:
+def add_cifar_training_flags(parser: ArgumentParser) -> None:
     """Training on small images."""
     add = parser.add_argument_group("CIFAR training").add_argument
     add("--cosine", action="store_true", help="no steps: warm up for 5 epochs, then half a cosine")
     add("--bs", type=value.count, default=128, metavar="N", help="images in a training batch")
 
 
-def add_imagenet_training_flags(parser: argparse.ArgumentParser) -> None:
+def add_imagenet_training_flags(parser: ArgumentParser) -> None:
     """Training on large images."""
     add = parser.add_argument_group("ImageNet training").add_argument
     add("--train_bs", type=value.count, default=512, metavar="N",
         help="images in a training batch, of all GPUs and ranks together")
     add("--sched", choices=("step", "cosine"), default="step",
         help="learning rate by steps, or by warm-up, cosine and cool-down within --epochs")
-    add("--warmup_epochs", type=value.count_or_zero, default=5, metavar="N", help="cosine: rise")
+    add("--warmup_epochs", type=value.count_or_zero, default=5, metavar="N", help="cosine: warm-up")
     add("--warmup_lr", type=value.positive, default=1e-6, metavar="X", help="cosine: first rate")
-    add("--cooldown_epochs", type=value.count_or_zero, default=10, metavar="N", help="cosine: rest")
+    add("--cooldown_epochs", type=value.count_or_zero, default=10, metavar="N",
+        help="cosine: epochs at the last rate")
     add("--min_lr", type=value.weight, default=1e-5, metavar="X", help="cosine: last rate")
     add("--new_head", action="store_true", help="start a fresh classifier, for other classes")
 
 
-def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+def add_folder_flags(parser: ArgumentParser) -> None:
     """Large images in folders."""
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
@@ -103,7 +104,7 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
-def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+def add_conversion_flags(parser: ArgumentParser) -> None:
     """Which weights to convert, and where to evaluate them."""
     add = parser.add_argument_group("conversion").add_argument
     add("--weights", default="IMAGENET1K_V1", metavar="NAME", help="name of torchvision's weights")
@@ -120,23 +121,22 @@ def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
-def add_baseline_flag(parser: argparse.ArgumentParser) -> None:
+def add_baseline_flag(parser: ArgumentParser) -> None:
     """The network to prune."""
     parser.add_argument("--checkpoint", metavar="PATH",
         help="the network to prune: a file, or a folder with <net>/model_best.pth or"
              " model_best.pth (default: --output)")
 
 
-def add_pruning_flags(parser: argparse.ArgumentParser, p: float, score_images: int | None) -> None:
+def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None) -> None:
     """How to score and select."""
     add = parser.add_argument_group("pruning").add_argument
-    add_goal = parser.add_argument_group("how much to cut, one of").add_mutually_exclusive_group()
-    add_goal = add_goal.add_argument
-    add_goal("--p", "-p", type=value.ratio, default=p, metavar="RATIO",
+    goal = parser.add_argument_group("how much to cut, one of").add_mutually_exclusive_group()
+    goal.add_argument("--p", "-p", type=value.ratio, default=p, metavar="RATIO",
         help="share of the channels to cut, over all layers together, in [0, 1)")
-    add_goal("--macs", type=value.share, metavar="SHARE",
+    goal.add_argument("--macs", type=value.share, metavar="SHARE",
         help="cut until at most this share of the multiply-adds is left, and no more than that")
-    add_goal("--params", type=value.share, metavar="SHARE", help="likewise for parameters")
+    goal.add_argument("--params", type=value.share, metavar="SHARE", help="likewise for parameters")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="how to score a channel")
     by_layer = " and ".join(name for name, c in CRITERIA.items() if c.scope == "layer")
     add("--scope", choices=SCOPES,
@@ -164,7 +164,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser, p: float, score_images: i
         help="control: train the pruned network from fresh weights, by the baseline's recipe")
 
 
-def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
+def add_smooth_flags(parser: ArgumentParser, recipes: Recipes) -> None:
     """Gradual pruning."""
     add = parser.add_argument_group("gradual pruning").add_argument
     add("--smooth", "-s", action="store_true",
@@ -181,7 +181,7 @@ def add_smooth_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         help="epochs of fine-tuning after each round (default: that of --smooth_epochs)")
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
+def add_device_flags(parser: ArgumentParser) -> None:
     """Where to compute."""
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -189,7 +189,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         help="GPUs that share every batch, such as 0,1 (default: all visible ones)")
 
 
-def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
+def add_acceleration_flags(parser: ArgumentParser) -> None:
     """How to train faster, with other bits."""
     add = parser.add_argument_group("speed").add_argument
     add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
@@ -198,7 +198,7 @@ def add_acceleration_flags(parser: argparse.ArgumentParser) -> None:
     add("--fused", action="store_true", help="the optimiser updates all weights in one pass")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: ArgumentParser) -> None:
     """What every run has."""
     add_device_flags(parser)
     add = parser.add_argument_group("run").add_argument
@@ -213,13 +213,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the run that is in the folder, if any")
 
 
-def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+def add_resume_flags(parser: ArgumentParser) -> None:
     """How to go on."""
     add = parser.add_argument_group("resume").add_argument
     add("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"
              " start at the beginning if there is none")
-    add("--skip_finished", action="store_true", help=argparse.SUPPRESS)  # of older scripts: no-op
+    add("--skip_finished", action="store_true", help=SUPPRESS)  # no effect any more
     add("--checkpoint_every", type=value.count, metavar="N",
         help="write last.pth after every N batches, too, and not only after every epoch")
 

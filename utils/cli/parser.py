@@ -80,16 +80,14 @@ def run_script(
     name = Path(program()[-1]).name
     try:
         main(args)
-    except InputError as error:
-        return _say(2, f"{name}: error: {error}")
-    except RunError as error:
-        return _say(1, f"{name}: error: {error}")
+    except (InputError, RunError) as error:
+        return _say(2 if isinstance(error, InputError) else 1, f"{name}: error: {error}")
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # any line may raise it
+        said = " ".join(str(error).split())
+        if said.startswith("DataLoader worker"):  # any line may raise it
             return _say(1, f"{name}: error: {KILLED}")
         if not lost_a_rank(error):
             raise
-        said = " ".join(str(error).split())
         return _say(1, f"{name}: error: another rank has died or left, so this one stops ({said})")
     except OSError as error:
         if not (isinstance(error, PermissionError) or error.errno == errno.ENAMETOOLONG):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from utils.saliency import CRITERIA, Scoring
 from utils.selection import Goal
 
 
-def runtime(args: argparse.Namespace, batch_size: int, flag: str) -> Runtime:
+def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
     """Where the run computes. ``flag`` is the one that gives the batch size."""
     acceleration = Acceleration(args.amp, args.channels_last, args.compile, args.fused)
     here = select_runtime(args.device, args.gpu, args.sync_bn, acceleration)
@@ -29,19 +29,19 @@ def runtime(args: argparse.Namespace, batch_size: int, flag: str) -> Runtime:
     return here
 
 
-def normalisation(args: argparse.Namespace) -> Normalisation | None:
+def normalisation(args: Namespace) -> Normalisation | None:
     """The constants of --mean and --std, if given."""
     return Normalisation(args.mean, args.std) if args.mean else None
 
 
-def cosine(args: argparse.Namespace) -> Cosine | None:
+def cosine(args: Namespace) -> Cosine | None:
     """The schedule of --cosine or --sched cosine; None for steps."""
     if getattr(args, "sched", "step") == "cosine":
         return Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
     return CIFAR_COSINE if getattr(args, "cosine", False) else None
 
 
-def pruning(args: argparse.Namespace, model: GatedModel, published: Recipes) -> Pruning:
+def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
     """What is scored and cut, and how the network is trained in between.
 
     Lowers a --min_channels above every width to the greatest width, with a warning.
@@ -68,13 +68,13 @@ def pruning(args: argparse.Namespace, model: GatedModel, published: Recipes) -> 
     return Pruning(scoring, goal, way, args.recalibrate, method)
 
 
-def _how_much(args: argparse.Namespace) -> tuple[str, float]:
+def _how_much(args: Namespace) -> tuple[str, float]:
     """The one flag that says how much to cut, and its value."""
     values = {kind: getattr(args, kind) for kind in ("p", "macs", "params")}
     return next((kind, value) for kind, value in values.items() if value is not None)
 
 
-def new_record(args: argparse.Namespace, asked: Pruning | None = None) -> Record:
+def new_record(args: Namespace, asked: Pruning | None = None) -> Record:
     """The record of a run before anything is measured."""
     record = Record(args.net, args.dataset, args.seed)
     if asked:
@@ -84,26 +84,26 @@ def new_record(args: argparse.Namespace, asked: Pruning | None = None) -> Record
     return record
 
 
-def baseline_run(args: argparse.Namespace, checkpoint: Path | None) -> RunSettings:
+def baseline_run(args: Namespace, checkpoint: Path | None) -> RunSettings:
     """The folder of train.py, and what happens to files that are already there."""
     return _run_settings(args, network_folder(args), configuration(args), checkpoint)
 
 
-def pruning_run(args: argparse.Namespace, baseline: Checkpoint) -> RunSettings:
+def pruning_run(args: Namespace, baseline: Checkpoint) -> RunSettings:
     """The folder of a pruning script. Call ``pruning`` first: it settles --min_channels."""
     name = f"{network_folder(args)}/{run_name(args)}"
     return _run_settings(args, name, configuration(args, baseline.digest), None)
 
 
 def _run_settings(
-    args: argparse.Namespace, name: str, config: dict[str, Any], checkpoint: Path | None
+    args: Namespace, name: str, config: dict[str, Any], checkpoint: Path | None
 ) -> RunSettings:
     logdir = Path(args.logdir) if args.logdir else Path(args.output) / "runs"
     folders, asked = (Path(args.output) / name, logdir / name), (args.resume, args.overwrite)
     return RunSettings(*folders, args.net, config, *asked, args.checkpoint_every, checkpoint)
 
 
-def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_alias(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse a network of 100 classes for data of 10 classes, before any download."""
     name, classes = ALIASES.get(args.net, (args.net, None))
     if classes == 100 and args.dataset in ("cifar10", "synthetic"):
@@ -111,20 +111,20 @@ def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"{wrong}; use --dataset cifar100 or --net {name}")
 
 
-def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_run(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse both continuing and replacing a run, and what ``check_normalisation`` refuses."""
     if args.overwrite and args.resume:
         parser.error("--resume and --overwrite do not go together")
     check_normalisation(parser, args)
 
 
-def check_normalisation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_normalisation(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse one of --mean and --std without the other."""
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std go together")
 
 
-def _check_rounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse contradictions. --smooth must end with training, since that writes checkpoints."""
     ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
     if len(ways) > 1:
@@ -135,20 +135,20 @@ def _check_rounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{flag} goes with --{way}")
     if args.from_scratch and not args.epochs:
         parser.error("--from_scratch needs --epochs of at least 1")
-    stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
-    final = args.epochs if args.final_epochs is None else args.final_epochs
+    lengths = args.smooth_epochs, args.final_epochs  # where None, --epochs decides
+    stages, final = (args.epochs if length is None else length for length in lengths)
     if args.smooth and stages and not final:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 
 
-def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_schedule(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse flags of the cosine schedule for training by steps."""
     for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
         if args.sched == "step" and getattr(args, flag) != args.defaults[flag]:
             parser.error(f"--{flag} goes with --sched cosine")
 
 
-def resolve_pruning(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse contradictions, and set the defaults that depend on other flags.
 
     Replaces --no_beta and --beta_only by the criterion that they mean. Resets settings that the
@@ -168,14 +168,14 @@ def resolve_pruning(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.defaults["score_images"] is None:
         args.defaults["score_images"] = args.train_bs
         args.score_images = args.score_images or args.train_bs
-    ignored = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
+    unused = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
     if not CRITERIA[args.criterion].gradients:
-        ignored += ["score_images", "score_seed"]
-    without_effect = [flag for flag in ignored if getattr(args, flag) != args.defaults[flag]]
-    for flag in without_effect:
+        unused += ["score_images", "score_seed"]
+    given = [flag for flag in unused if getattr(args, flag) != args.defaults[flag]]
+    for flag in given:
         setattr(args, flag, args.defaults[flag])
-    if without_effect:
-        flags = " and ".join(f"--{flag}" for flag in without_effect)
+    if given:
+        flags = " and ".join(f"--{flag}" for flag in given)
         warn(f"{flags}: without effect, {args.criterion} does not look at it")
 
 
@@ -194,7 +194,7 @@ NO_CONFIGURATION = {
 }  # fmt: skip
 
 
-def configuration(args: argparse.Namespace, baseline: str | None = None) -> dict[str, Any]:
+def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any]:
     """What tells experiments apart: flags, and the digest of the weights to start from."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
     return {**flags, "baseline": baseline}
@@ -205,10 +205,10 @@ NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps"
          "seed"}  # fmt: skip
 
 
-def run_name(args: argparse.Namespace) -> str:
+def run_name(args: Namespace) -> str:
     """The folder of a pruning run: ``gfbs_p0.7_smooth_seed1`` and every unusual setting."""
-    steps = f"_steps{args.steps}" if args.steps else ""
-    how = f"{'_smooth' * args.smooth}{steps}{'_scratch' * args.from_scratch}"
+    how = "_smooth" * args.smooth + "_scratch" * args.from_scratch
+    how += f"_steps{args.steps}" if args.steps else ""
     unusual = "".join(
         f"_{_named(flag.replace('_', ''), value)}"
         for flag, value in sorted(configuration(args).items())
@@ -224,7 +224,7 @@ def _named(name: str, value: Any) -> str:
     return name + ",".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)
 
 
-def network_folder(args: argparse.Namespace) -> str:
+def network_folder(args: Namespace) -> str:
     """The folder of a network in OUTPUT: its name, and the data set unless that is the usual."""
     usual = args.dataset in ("cifar10", "imagenet")
     return args.net if usual else f"{args.net}_{args.dataset}"
