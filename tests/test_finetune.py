@@ -211,8 +211,8 @@ def test_an_evaluation_that_is_not_finite_ends_the_run():
 
 def test_an_evaluation_that_is_not_finite_on_one_rank_ends_all_of_them():
     class First(Runtime):
-        def minimum(self, values):
-            return values.clamp(max=2)  # the other's second batch is bad
+        def reduce(self, values, how):
+            return values.clamp(max=2) if how == "MIN" else values  # the other's second is bad
 
     with pytest.raises(RunError, match="evaluation, batch 2"):
         evaluate(random_model("gateresnet20"), small_batches(), First(torch.device("cpu")))

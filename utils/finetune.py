@@ -1,4 +1,4 @@
-"""One training loop and one evaluation. Nothing here has heard of pruning."""
+"""One training loop and one evaluation. Nothing here knows of pruning."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ from utils.errors import InputError, RunError
 from utils.metrics import Metrics, RunningMetrics, progress
 from utils.recipes import Recipe
 
-# Batches between two looks at whether the loss is finite; each waits for the device.
-CHECK_EVERY = 100
+CHECK_EVERY = 100  # batches between checks that the loss is finite; each waits for the device
 DIVERGED = "training has diverged; the last good checkpoint is kept; try a lower --lr"
 
 
 def evaluate(
-    model: GatedModel,
-    batches: Batches,
-    runtime: Runtime,
-    after_batch: Callable[[], None] | None = None,
+    model: GatedModel, batches: Batches, runtime: Runtime, stop: Callable[[], None] | None = None
 ) -> Metrics:
-    """Loss and accuracy of ``model`` in eval mode, over all ranks' batches; its mode is restored.
+    """Loss and accuracy of ``model`` in eval mode, over the batches of all ranks.
 
-    Running statistics are those of rank 0, on every rank from here on. ``after_batch`` is called
-    after every batch. Raises RunError, on every rank, where the loss is not finite.
+    First, every rank takes over the running statistics of rank 0. Afterwards, the mode is restored.
+    ``stop`` is called after every batch and may raise an error. Raises RunError, on every rank, if
+    the loss is not finite.
     """
     runtime.sync_buffers(model)
     network, was_training = runtime.for_evaluation(model), model.training
@@ -46,15 +43,15 @@ def evaluate(
         for number, (images, labels) in enumerate(progress(batches, "evaluate", tally), start=1):
             logits = network(images)
             tally.add(logits, labels, F.cross_entropy(logits, labels), number)
-            if after_batch:
-                after_batch()
+            if stop:
+                stop()
     model.train(was_training)
     tally.check("the evaluation", "weights, running statistics or images are broken")
     return tally.metrics()
 
 
 def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> None:
-    """Raise InputError where BatchNorm would see one value per channel: an image, a map of 1x1."""
+    """Raise InputError if BatchNorm would see one value per channel: one image, a map of 1x1."""
     if images > 1:
         return
     shapes = copy.deepcopy(model).to("meta").train()
@@ -63,23 +60,13 @@ def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> N
             shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     except ValueError:
         raise InputError(
-            f"{flag}: a single image of {image_size} pixels is no batch to train {model.net} on,"
-            " whose last maps are of one pixel; BatchNorm needs two images or larger ones"
+            f"{flag}: {model.net} cannot train on a single image of {image_size} pixels: its last"
+            " maps have one pixel, and BatchNorm needs more; use two images or larger ones"
         ) from None
 
 
 class Trainer:
-    """A network with everything that trains it.
-
-    Args:
-        model: the bare network, trained in place.
-        recipe: learning rate and schedule.
-        runtime: where it runs.
-
-    Attributes:
-        network: the model in the form in which it is trained.
-        scheduler: to be stepped once after every epoch.
-    """
+    """Trains ``model`` in place: its optimiser, its schedule (one step an epoch), its scaler."""
 
     _parts = ("optimizer", "scheduler", "scaler")
 
@@ -87,22 +74,30 @@ class Trainer:
         self.model, self.runtime = model, runtime
         self.network = runtime.for_training(model)
         self.optimizer = recipe.optimizer(model, fused=runtime.acceleration.fused)
-        self.scheduler, self.scaler = recipe.scheduler(self.optimizer), runtime.scaler()
-
-    @property
-    def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        self.scheduler = recipe.scheduler(self.optimizer)
+        # Scales the loss so that fp16 can hold its gradients; does nothing for other types.
+        fp16 = runtime.acceleration.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=fp16)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the weights."""
+        """Everything except the weights."""
         return {name: getattr(self, name).state_dict() for name in self._parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self._parts:
             getattr(self, name).load_state_dict(state.get(name, {}))  # older files have no scaler
 
+    def state(
+        self, epoch: int, tally: RunningMetrics | None = None, where: str = "", batch: int = 0
+    ) -> dict[str, Any]:
+        """What ``fit`` resumes from, after ``epoch`` whole epochs and ``batch`` batches."""
+        if tally:
+            self.check(tally, where)  # a state that has diverged must never be saved
+        sums = tally.all_sums() if tally else None
+        return {"epoch": epoch, "batch": batch, "sums": sums, **self.state_dict()}
+
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the optimiser; returns the logits and the mean loss before it."""
+        """One step of the optimiser; returns the logits and the mean loss from before it."""
         with self.runtime.autocast():
             logits = self.network(images).float()
             loss = F.cross_entropy(logits, labels)
@@ -115,9 +110,9 @@ class Trainer:
     def train(
         self, batches: Any, tally: RunningMetrics, where: str, done: int = 0
     ) -> Iterator[int]:
-        """Go through the batches that follow number ``done``; yields the number of each.
+        """Train on the batches that follow batch ``done``, and yield the number of each.
 
-        Raises RunError, naming ``where`` and the batch, where the loss is not finite.
+        Raises RunError, naming ``where`` and the batch, if the loss or the weights diverge.
         """
         self.network.train()
         with folded_gates(self.model):
@@ -127,10 +122,11 @@ class Trainer:
                 if number % CHECK_EVERY == 0:
                     tally.check(where, DIVERGED)
                 yield number
-        tally.check(where, DIVERGED)
+        self.check(tally, where)
 
-    def check_weights(self, where: str) -> None:
-        """Raise RunError if the last step has left weights or statistics that are not finite."""
+    def check(self, tally: RunningMetrics, where: str) -> None:
+        """Raise RunError if a loss was, or weights or running statistics are, not finite."""
+        tally.check(where, DIVERGED)
         tensors = self.model.state_dict().values()
         finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
         if not torch.stack(finite).all():
@@ -152,22 +148,22 @@ class Epoch:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Epoch:
-        """The inverse of ``as_dict``; what else there is, is ignored."""
+        """The inverse of ``as_dict``; it ignores other keys."""
         train, test = (Metrics(**fields[part]) for part in ("train", "test"))
         return cls(fields["number"], fields["lr"], train, test, fields["images_per_second"])
 
 
 class Callback:
-    """What ``fit`` tells as it goes. ``state()`` makes what ``resume`` takes; all ranks call it."""
+    """What ``fit`` calls. ``state()`` returns a state for ``resume``; all ranks must call it."""
 
     def after_batch(self, batch: int, state: Callable[[], dict[str, Any]]) -> None:
-        """``batch`` batches of an epoch are done."""
+        """Called when ``batch`` batches of an epoch are done."""
 
     def while_evaluating(self, state: Callable[[], dict[str, Any]]) -> None:
-        """A batch of the evaluation behind an epoch is done."""
+        """Called after every batch of the evaluation that follows an epoch; on one rank only."""
 
     def after_epoch(self, epoch: Epoch, state: Callable[[], dict[str, Any]]) -> None:
-        """An epoch is done, and evaluated."""
+        """Called when an epoch is trained and evaluated."""
 
 
 def fit(
@@ -181,60 +177,46 @@ def fit(
     resume: Mapping[str, Any] | None = None,
     first_epoch: int = 0,
 ) -> list[Epoch]:
-    """Train ``model`` in place by ``recipe``.
+    """Train ``model`` in place by ``recipe``, and return what every epoch did.
 
     Args:
         model: the bare network.
-        train, test: batches, as ``utils.data.batches.Batches``.
+        train, test: batches to train on, and to evaluate on after every epoch.
         recipe: epochs, learning rate and schedule.
-        runtime: where it runs.
-        callback: is told of every batch and every epoch.
-        resume: continue from such a state (the model's weights are the caller's to load).
-        first_epoch: added to the number of the epoch that ``train`` is asked for; a later stage of
-            the same run draws other orders and augmentations than an earlier one.
+        runtime: where to compute.
+        callback: called after every batch and every epoch.
+        resume: continue from this state of a callback; ``model`` already holds its weights.
+        first_epoch: epochs of earlier rounds, so that this one draws other orders and crops.
 
-    Returns what every epoch did. Raises RunError, with epoch, batch and learning rate, where the
-    loss is not finite any more.
+    Raises RunError, with epoch, batch and learning rate, if the loss is not finite.
     """
     callback, trainer = callback or Callback(), Trainer(model, recipe, runtime)
     start, batch, sums = 0, 0, None
     if resume is not None:
         trainer.load_state_dict(resume)
         start, batch, sums = resume["epoch"], resume["batch"], resume["sums"]
-
-    def state(
-        epoch: int, batch: int = 0, tally: RunningMetrics | None = None, where: str = ""
-    ) -> dict[str, Any]:
-        """After ``batch`` batches of the epoch that follows ``epoch`` whole ones."""
-        if tally:
-            tally.check(where, DIVERGED)  # what has diverged is never saved
-            trainer.check_weights(where)
-        sums = tally.all_sums() if tally else None
-        return {"epoch": epoch, "batch": batch, "sums": sums, **trainer.state_dict()}
-
     history = []
     for epoch in range(start, recipe.epochs):
         train.set_epoch(first_epoch + epoch, batch)
-        lr, began = trainer.lr, time.perf_counter()
+        lr, began = trainer.optimizer.param_groups[0]["lr"], time.perf_counter()
         title = f"epoch {epoch + 1}/{recipe.epochs}"
         where = f"{title} at learning rate {lr:g}"
         tally = RunningMetrics(runtime, sums)
-        done = batch
+        state, done = partial(trainer.state, epoch, tally, where), batch
         for done in trainer.train(progress(train, title, tally), tally, where, batch):
-            callback.after_batch(done, lambda: state(epoch, done, tally, where))  # noqa: B023
-        trainer.check_weights(where)
+            callback.after_batch(done, partial(state, done))
         trained, seconds = tally.metrics(), time.perf_counter() - began
+        images = trained.images - (sums[3] if sums else 0)  # without those before the resume
 
-        # A long evaluation can be interrupted; ranks have not equally many batches to agree in.
+        # Ranks may have different numbers of batches, so a stop that they agree on would deadlock.
         alone = runtime.world_size == 1
-        stop = partial(callback.while_evaluating, partial(state, epoch, done, tally, where))
-        tested = evaluate(model, test, runtime, stop if alone else None)
+        stop = partial(callback.while_evaluating, partial(state, done)) if alone else None
+        tested = evaluate(model, test, runtime, stop)
         with warnings.catch_warnings():
-            # An epoch that is resumed behind its last batch has no step of the optimiser left.
+            # After a resume at the end of an epoch, no optimiser step comes before this one.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             trainer.scheduler.step()
-        images_now = trained.images - (sums[3] if sums else 0)
         batch, sums = 0, None
-        history.append(Epoch(epoch + 1, lr, trained, tested, images_now / seconds))
-        callback.after_epoch(history[-1], lambda: state(epoch + 1))  # noqa: B023
+        history.append(Epoch(epoch + 1, lr, trained, tested, images / seconds))
+        callback.after_epoch(history[-1], partial(trainer.state, epoch + 1))
     return history

@@ -1,4 +1,4 @@
-"""Loss and accuracy, summed up batch by batch."""
+"""Loss and accuracy, summed batch by batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunningMetrics:
     def __init__(self, runtime: Runtime, sums: list[float] | None = None):
         self.runtime = runtime
         exact = torch.float32 if runtime.device.type == "mps" else torch.float64
-        # Loss, top-1 hits, top-5 hits, images. Sums to go on from are those of all ranks.
+        # Loss, top-1 hits, top-5 hits, images. ``sums`` are of all ranks, so one of them adds them.
         start = sums if sums is not None and runtime.is_main else [0.0] * 4
         self.sums = torch.tensor(start, dtype=exact, device=runtime.device)
         self.first_bad = torch.full((), math.inf, dtype=exact, device=runtime.device)
@@ -51,24 +51,24 @@ class RunningMetrics:
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def all_sums(self) -> list[float]:
-        """Over all ranks."""
-        return self.runtime.sum(self.sums.clone()).tolist()
+        """The four sums, over all ranks."""
+        return self.runtime.reduce(self.sums.clone(), "SUM").tolist()
 
     def metrics(self, everywhere: bool = True) -> Metrics:
-        """Of all ranks, or of this one."""
+        """The metrics of all ranks, or of this one."""
         loss, top1, top5, images = self.all_sums() if everywhere else self.sums.tolist()
         count = max(images, 1)
         return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
 
     def check(self, where: str, why: str) -> None:
         """Raise RunError, on every rank, if the loss of a batch was not finite."""
-        first = self.runtime.minimum(self.first_bad.clone()).item()
+        first = self.runtime.reduce(self.first_bad.clone(), "MIN").item()
         if math.isfinite(first):
             raise RunError(f"the loss is not finite in {where}, batch {first:.0f}: {why}")
 
 
 def progress(batches: Any, title: str, tally: RunningMetrics) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches, behind a progress bar where there is a terminal to draw it on."""
+    """The batches, with a progress bar if stderr is a terminal."""
     if not (tally.runtime.is_main and sys.stderr.isatty()):
         yield from batches
         return

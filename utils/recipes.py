@@ -1,4 +1,4 @@
-"""Recipes: how long to train, and at which learning rates. The published ones are at the end."""
+"""How long to train, and at which learning rates. The published recipes are at the end."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    SequentialLR,
-)
+from torch.optim import SGD, Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """A linear rise, half a cosine down, and a rest at the bottom, all within a recipe's epochs.
+    """A linear rise, half a cosine down, and a constant end, all within a recipe's epochs.
 
     Attributes:
-        warmup_epochs: length of the rise; at most half of all epochs are spent on it.
-        warmup_lr: where it begins; by default one step below the first step, so not quite at zero.
-        min_lr: where the cosine ends.
-        cooldown_epochs: length of the rest; at most half of what the rise leaves.
+        warmup_epochs: length of the rise; at most half of all epochs.
+        warmup_lr: rate of the first epoch; by default lr / (length of the rise + 1).
+        min_lr: rate at the end of the cosine.
+        cooldown_epochs: length of the constant end; at most half of the epochs after the rise.
     """
 
     warmup_epochs: int = 0
@@ -34,18 +27,19 @@ class Cosine:
     cooldown_epochs: int = 0
 
     def scheduler(self, optimizer: Optimizer, epochs: int, lr: float) -> LRScheduler:
-        """The schedule of so many epochs around the highest rate ``lr``, stepped once an epoch."""
+        """The schedule for so many epochs with the highest rate ``lr``; step it once an epoch."""
         warmup = min(self.warmup_epochs, epochs // 2)
         cooldown = min(self.cooldown_epochs, (epochs - warmup) // 2)
         descent = max(1, epochs - warmup - cooldown)
         start = lr / (warmup + 1) if self.warmup_lr is None else self.warmup_lr
-        phases = {
-            0: LinearLR(optimizer, start / lr, 1, warmup) if warmup else None,
-            warmup: CosineAnnealingLR(optimizer, descent, self.min_lr),
-            warmup + descent: ConstantLR(optimizer, self.min_lr / lr, epochs) if cooldown else None,
-        }
-        phases = {begin: phase for begin, phase in phases.items() if phase is not None}
-        return SequentialLR(optimizer, list(phases.values()), list(phases)[1:])
+        phases: dict[int, LRScheduler] = {}  # by their first epochs
+        if warmup:
+            phases[0] = lr_scheduler.LinearLR(optimizer, start / lr, 1, warmup)
+        phases[warmup] = lr_scheduler.CosineAnnealingLR(optimizer, descent, self.min_lr)
+        if cooldown:
+            rest = lr_scheduler.ConstantLR(optimizer, self.min_lr / lr, epochs)
+            phases[warmup + descent] = rest
+        return lr_scheduler.SequentialLR(optimizer, list(phases.values()), list(phases)[1:])
 
 
 @dataclass(frozen=True)
@@ -56,9 +50,8 @@ class Recipe:
         epochs: length of the training.
         lr: the initial learning rate; with ``cosine``, the highest.
         weight_decay: L2 penalty on all parameters.
-        milestones: epochs after which the learning rate is multiplied by ``gamma``.
-        gamma: that factor.
-        cosine: the schedule that takes the place of the milestones, if any.
+        milestones, gamma: the learning rate is multiplied by ``gamma`` after each of these epochs.
+        cosine: replaces the milestones, if given.
     """
 
     epochs: int
@@ -76,41 +69,36 @@ class Recipe:
         weight_decay: float | None = None,
         cosine: Cosine | None = None,
     ) -> Recipe:
-        """The recipe in another number of epochs, with what the command line asks for.
+        """The recipe with another number of epochs. Milestones move in proportion, rounded up.
 
-        Milestones move in proportion, rounded up to at least 1. None leaves a value as published.
+        An ``lr`` or ``weight_decay`` of None leaves the published value.
         """
-        return replace(
-            self,
-            epochs=epochs,
-            milestones=tuple(max(1, -(-epochs * m // self.epochs)) for m in self.milestones),
-            lr=self.lr if lr is None else lr,
-            weight_decay=self.weight_decay if weight_decay is None else weight_decay,
-            cosine=cosine,
-        )
+        milestones = tuple(max(1, -(-epochs * m // self.epochs)) for m in self.milestones)
+        recipe = replace(self, epochs=epochs, milestones=milestones, cosine=cosine)
+        asked = {"lr": lr, "weight_decay": weight_decay}
+        return replace(recipe, **{k: value for k, value in asked.items() if value is not None})
 
     def optimizer(self, model: nn.Module, fused: bool = False) -> SGD:
-        """The optimiser; ``fused`` makes one pass of every step, with other bits."""
+        """The optimiser. With ``fused``, a step is one pass over the weights, with other bits."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # None leaves the choice to torch: foreach on GPUs, the same bits in fewer kernels.
-        return SGD(
-            trainable, self.lr, self.momentum, weight_decay=self.weight_decay, fused=fused or None
-        )
+        # None lets torch choose: foreach on GPUs, which gives the same bits in fewer kernels.
+        options = {"weight_decay": self.weight_decay, "fused": fused or None}
+        return SGD(trainable, self.lr, self.momentum, **options)
 
     def scheduler(self, optimizer: Optimizer) -> LRScheduler:
-        """The schedule, to be stepped once after every epoch."""
+        """The schedule; step it once after every epoch."""
         if self.cosine:
             return self.cosine.scheduler(optimizer, self.epochs, self.lr)
-        return MultiStepLR(optimizer, self.milestones, self.gamma)
+        return lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma)
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """How to train what is pruned.
+    """How to train pruned networks.
 
     Attributes:
-        one_shot: fine-tuning once everything is cut.
-        stage: fine-tuning in between, where the cut comes in parts (``--smooth``, ``--steps``).
+        one_shot: fine-tuning after everything is cut.
+        stage: fine-tuning between two cuts (``--smooth``, ``--steps``).
         final: fine-tuning at the end of ``--smooth``.
         scratch: the recipe of unpruned networks, for ``--from_scratch``.
     """
@@ -123,30 +111,24 @@ class Recipes:
     def adapted(
         self, epochs: int, stage_epochs: int | None, final_epochs: int | None, *changes: Any
     ) -> Recipes:
-        """Other lengths, and the further arguments of ``Recipe.adapted`` in all of them.
+        """The recipes with other lengths; ``changes`` go to ``Recipe.adapted``, for all of them.
 
-        A stage whose length is None keeps its share of the one shot's ``epochs``, rounded up.
+        If a length is None, it changes in proportion to ``epochs``, rounded up.
         """
 
-        def in_proportion(recipe: Recipe, own: int | None) -> Recipe:
-            length = -(-recipe.epochs * epochs // self.one_shot.epochs) if own is None else own
+        def adapt(recipe: Recipe, length: int | None) -> Recipe:
+            if length is None:
+                length = -(-recipe.epochs * epochs // self.one_shot.epochs)
             return recipe.adapted(length, *changes)
 
-        return Recipes(
-            self.one_shot.adapted(epochs, *changes),
-            in_proportion(self.stage, stage_epochs),
-            in_proportion(self.final, final_epochs),
-            self.scratch.adapted(epochs, *changes),
-        )
+        recipes = self.one_shot, self.stage, self.final, self.scratch
+        return Recipes(*map(adapt, recipes, (epochs, stage_epochs, final_epochs, epochs)))
 
 
-# --cosine of the CIFAR scripts.
-CIFAR_COSINE = Cosine(warmup_epochs=5)
+CIFAR_COSINE = Cosine(warmup_epochs=5)  # --cosine of the CIFAR scripts
 
-# The published recipe for unpruned networks on CIFAR.
+# The published recipes for CIFAR: unpruned networks, then pruned ones.
 CIFAR_BASELINE = Recipe(epochs=160, lr=0.1, weight_decay=1e-4, milestones=(60, 120), gamma=0.2)
-
-# The published recipes for pruned networks on CIFAR.
 CIFAR_RECIPES = Recipes(
     one_shot=Recipe(epochs=160, lr=0.01, weight_decay=5e-4, milestones=(60, 120), gamma=0.2),
     stage=Recipe(epochs=30, lr=0.01, weight_decay=5e-4, milestones=(5, 10), gamma=0.1),
@@ -154,12 +136,11 @@ CIFAR_RECIPES = Recipes(
     scratch=CIFAR_BASELINE,
 )
 
-
 # The published recipes for pruned networks on ImageNet.
 _IMAGENET = Recipe(epochs=120, lr=0.1, weight_decay=1e-4, milestones=(30, 60, 90), gamma=0.1)
 IMAGENET_RECIPES = Recipes(
     one_shot=_IMAGENET,
     stage=Recipe(epochs=10, lr=0.01, weight_decay=5e-4, milestones=(5, 8), gamma=0.1),
     final=Recipe(epochs=45, lr=0.01, weight_decay=5e-4, milestones=(10, 15), gamma=0.2),
-    scratch=_IMAGENET,  # torchvision's weights, too, were trained by such a recipe
+    scratch=_IMAGENET,  # torchvision's weights were trained by such a recipe, too
 )

@@ -1,14 +1,16 @@
-"""Command lines: a parser with one-line errors and exit code 2, and checked values."""
+"""A parser that answers bad input with one line, checked values, and how a script ends."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,13 +22,13 @@ from utils.errors import InputError, Interrupted, RunError
 from utils.run.signals import Signals
 
 KILLED = (
-    "a data worker was killed, perhaps for want of memory; use fewer --workers or smaller batches,"
-    " and continue with --resume"
+    "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"
+    " batches, and continue with --resume"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers bad input with one line, and takes flags written with ``-`` or with ``_``."""
+    """Answers bad input with one line and exit code 2; takes flags with ``-`` or with ``_``."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
@@ -44,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Default values behind every flag that has one."""
+    """Adds the default value to the help of every flag that has one."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30)
@@ -56,10 +58,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _underscored(arg: str) -> str:
-    if not arg.startswith("--"):
-        return arg
-    flag, equals, value = arg.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    """Turn ``--data-dir=a-b`` into ``--data_dir=a-b``."""
+    return re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg)
 
 
 def run_script(
@@ -71,25 +71,23 @@ def run_script(
     one line on stderr.
     """
     for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by whoever started this
+        if getattr(sys, stream) is None:  # the parent process has closed it
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
-        getattr(sys, stream).reconfigure(errors="backslashreplace")  # names may be of any script
+        getattr(sys, stream).reconfigure(errors="backslashreplace")  # names may be in any alphabet
     args = parse_args()
     signals = Signals()
     signals.install()
     name = Path(program()[-1]).name
     try:
         main(args)
-    except InputError as error:
-        return _say(2, f"{name}: error: {error}")
-    except RunError as error:
-        return _say(1, f"{name}: error: {error}")
+    except (InputError, RunError) as error:
+        return _say(2 if isinstance(error, InputError) else 1, f"{name}: error: {error}")
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # torch may raise it anywhere
+        said = " ".join(str(error).split())
+        if said.startswith("DataLoader worker"):  # any line may raise it
             return _say(1, f"{name}: error: {KILLED}")
         if not lost_a_rank(error):
             raise
-        said = " ".join(str(error).split())
         return _say(1, f"{name}: error: another rank has died or left, so this one stops ({said})")
     except OSError as error:
         if not (isinstance(error, PermissionError) or error.errno == errno.ENAMETOOLONG):
@@ -105,17 +103,13 @@ def run_script(
 
 
 def program() -> list[str]:
-    """What stands behind "python" on the command line that started this process, but for the
-    arguments: a script, or ``-m`` and a module.
-    """
+    """How this process was started: the path of a script, or ``-m`` and a module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        return [sys.argv[0]]
-    return ["-m", spec.name.removesuffix(".__main__")]
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
 
 
 def python() -> str:
-    """The command that starts this Python from here; its environment may not be activated."""
+    """The command that starts this Python; "python" only where that means the same one."""
     near = os.path.relpath(sys.executable)
     if shutil.which("python") == sys.executable:
         return "python"
@@ -123,22 +117,26 @@ def python() -> str:
 
 
 def _say(code: int, line: str) -> int:
-    with suppress(OSError):  # nobody reads any more
+    with suppress(OSError):  # the reader of a pipe may be gone
         print(line, file=sys.stderr)
     return code
 
 
+def _parse(read: Callable[[str], Any], wanted: str, text: str) -> Any:
+    try:
+        return read(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+
+
 def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not low <= value < high:
+            raise ValueError
         return value
 
-    return parse
+    return partial(_parse, read, wanted)
 
 
 count = _number(int, 1, 2**31, "a whole number of at least 1")
@@ -162,20 +160,15 @@ def network(known: Sequence[str]) -> Callable[[str], str]:
 
 
 def channel_values(low: float) -> Callable[[str], tuple[float, ...]]:
-    """A parser of three numbers from ``low`` to 1, for red, green and blue."""
+    """A parser for three numbers from ``low`` to 1, for red, green and blue."""
 
-    def parse(text: str) -> tuple[float, ...]:
-        try:
-            values = tuple(map(float, text.split(",")))
-        except ValueError:
-            values = ()
-        if len(values) != 3 or not all(low <= value <= 1 for value in values):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not three numbers from {low:g} to 1 such as 0.485,0.456,0.406"
-            )
+    def read(text: str) -> tuple[float, ...]:
+        red, green, blue = values = tuple(map(float, text.split(",")))
+        if not all(low <= value <= 1 for value in values):
+            raise ValueError
         return values
 
-    return parse
+    return partial(_parse, read, f"three numbers from {low:g} to 1 such as 0.485,0.456,0.406")
 
 
 def gpu_ids(text: str) -> tuple[int, ...]:

@@ -1,14 +1,10 @@
-"""What the command line asks for, as the types that the rest of the program takes.
-
-Only this package knows argparse: checks of flags against each other, defaults that depend on other
-flags, and the settings of a run.
-"""
+"""Check the flags against each other, and turn them into the types that the program takes."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +21,36 @@ from utils.saliency import CRITERIA, Scoring
 from utils.selection import Goal
 
 
-def runtime(args: argparse.Namespace, batch_size: int, flag: str) -> Runtime:
-    """Where the run computes; ``flag`` names the batch size that the ranks have to divide."""
+def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
+    """Where the run computes. ``flag`` is the one that gives the batch size."""
     acceleration = Acceleration(args.amp, args.channels_last, args.compile, args.fused)
     here = select_runtime(args.device, args.gpu, args.sync_bn, acceleration)
     here.share(batch_size, flag)
     return here
 
 
-def normalisation(args: argparse.Namespace) -> Normalisation | None:
-    """What --mean and --std say."""
+def normalisation(args: Namespace) -> Normalisation | None:
+    """The constants of --mean and --std, if given."""
     return Normalisation(args.mean, args.std) if args.mean else None
 
 
-def cosine(args: argparse.Namespace) -> Cosine | None:
+def cosine(args: Namespace) -> Cosine | None:
     """The schedule of --cosine or --sched cosine; None for steps."""
     if getattr(args, "sched", "step") == "cosine":
         return Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
     return CIFAR_COSINE if getattr(args, "cosine", False) else None
 
 
-def pruning(args: argparse.Namespace, model: GatedModel, published: Recipes) -> Pruning:
+def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
     """What is scored and cut, and how the network is trained in between.
 
-    A floor above the width of every group counts as the widest group's, with a warning.
+    Lowers a --min_channels above every width to the greatest width, with a warning.
     """
     widest = max(model.group_widths().values())
     if args.min_channels > widest:
-        warn(
-            f"--min_channels {args.min_channels}: no group has more than {widest} channels,"
-            " so nothing is cut"
-        )
+        no_cut = f"no group has more than {widest} channels, so nothing is cut"
+        warn(f"--min_channels {args.min_channels}: {no_cut}")
         args.min_channels = widest
-    (kind, value), *_ = (
-        (kind, getattr(args, kind)) for kind in ("p", "macs", "params")
-        if getattr(args, kind) is not None
-    )  # fmt: skip
     stage_epochs = args.step_epochs if args.steps else args.smooth_epochs
     changes = args.lr, args.weight_decay, cosine(args)
     recipes = published.adapted(args.epochs, stage_epochs, args.final_epochs, *changes)
@@ -72,17 +62,19 @@ def pruning(args: argparse.Namespace, model: GatedModel, published: Recipes) -> 
         way, method = rounds.from_scratch(recipes), "from scratch"
     else:
         way, method = rounds.one_shot(recipes), "one shot"
-    return Pruning(
-        Scoring(
-            args.criterion, args.w_beta, args.score_images, args.score_seed,
-            args.checkpoint_activations, args.seed,
-        ),
-        Goal(kind, value, args.min_channels, args.round_to, args.scope),
-        way, args.recalibrate, method,
-    )  # fmt: skip
+    batch = args.score_images, args.score_seed, args.checkpoint_activations
+    scoring = Scoring(args.criterion, args.w_beta, *batch, args.seed)
+    goal = Goal(*_how_much(args), args.min_channels, args.round_to, args.scope)
+    return Pruning(scoring, goal, way, args.recalibrate, method)
 
 
-def new_record(args: argparse.Namespace, asked: Pruning | None = None) -> Record:
+def _how_much(args: Namespace) -> tuple[str, float]:
+    """The one flag that says how much to cut, and its value."""
+    values = {kind: getattr(args, kind) for kind in ("p", "macs", "params")}
+    return next((kind, value) for kind, value in values.items() if value is not None)
+
+
+def new_record(args: Namespace, asked: Pruning | None = None) -> Record:
     """The record of a run before anything is measured."""
     record = Record(args.net, args.dataset, args.seed)
     if asked:
@@ -92,114 +84,109 @@ def new_record(args: argparse.Namespace, asked: Pruning | None = None) -> Record
     return record
 
 
-def baseline_run(args: argparse.Namespace, checkpoint: Path | None) -> RunSettings:
-    """Where train.py writes, and what to do with what is there."""
+def baseline_run(args: Namespace, checkpoint: Path | None) -> RunSettings:
+    """The folder of train.py, and what happens to files that are already there."""
     return _run_settings(args, network_folder(args), configuration(args), checkpoint)
 
 
-def pruning_run(args: argparse.Namespace, baseline: Checkpoint) -> RunSettings:
-    """Where a pruning script writes; to be called after ``pruning``."""
+def pruning_run(args: Namespace, baseline: Checkpoint) -> RunSettings:
+    """The folder of a pruning script. Call ``pruning`` first: it settles --min_channels."""
     name = f"{network_folder(args)}/{run_name(args)}"
     return _run_settings(args, name, configuration(args, baseline.digest), None)
 
 
 def _run_settings(
-    args: argparse.Namespace, name: str, config: dict[str, Any], checkpoint: Path | None
+    args: Namespace, name: str, config: dict[str, Any], checkpoint: Path | None
 ) -> RunSettings:
     logdir = Path(args.logdir) if args.logdir else Path(args.output) / "runs"
-    return RunSettings(
-        Path(args.output) / name, logdir / name, args.net, config,
-        args.resume, args.overwrite, args.checkpoint_every, checkpoint,
-    )  # fmt: skip
+    folders, asked = (Path(args.output) / name, logdir / name), (args.resume, args.overwrite)
+    return RunSettings(*folders, args.net, config, *asked, args.checkpoint_every, checkpoint)
 
 
-def check_alias(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """A network of 100 classes goes with no data set of ten; found out before any download."""
+def check_alias(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse a network of 100 classes for data of 10 classes, before any download."""
     name, classes = ALIASES.get(args.net, (args.net, None))
     if classes == 100 and args.dataset in ("cifar10", "synthetic"):
-        parser.error(
-            f"--net {args.net} has 100 classes and {args.dataset} has 10;"
-            f" use --dataset cifar100 or --net {name}"
-        )
+        wrong = f"--net {args.net} has 100 classes and {args.dataset} has 10"
+        parser.error(f"{wrong}; use --dataset cifar100 or --net {name}")
 
 
-def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """A run is continued or replaced."""
+def check_run(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse both continuing and replacing a run, and what ``check_normalisation`` refuses."""
     if args.overwrite and args.resume:
         parser.error("--resume and --overwrite do not go together")
     check_normalisation(parser, args)
 
 
-def check_normalisation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """One without the other is a slip."""
+def check_normalisation(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse one of --mean and --std without the other."""
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std go together")
 
 
-def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself; ``--smooth`` needs a last stage, which leaves checkpoints."""
+def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse contradictions. --smooth must end with training, since that writes checkpoints."""
     ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
     if len(ways) > 1:
         parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
-    for flag, way in (("step_epochs", "steps"), ("smooth_epochs", "smooth"),
-                      ("final_epochs", "smooth")):  # fmt: skip
+    needs = {"step_epochs": "steps", "smooth_epochs": "smooth", "final_epochs": "smooth"}
+    for flag, way in needs.items():
         if getattr(args, flag) is not None and not getattr(args, way):
             parser.error(f"--{flag} goes with --{way}")
     if args.from_scratch and not args.epochs:
         parser.error("--from_scratch needs --epochs of at least 1")
-    stages = args.epochs if args.smooth_epochs is None else args.smooth_epochs
-    final = args.epochs if args.final_epochs is None else args.final_epochs
+    lengths = args.smooth_epochs, args.final_epochs  # where None, --epochs decides
+    stages, final = (args.epochs if length is None else length for length in lengths)
     if args.smooth and stages and not final:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 
 
-def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The flags of one schedule say nothing to the other."""
+def check_schedule(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags of the cosine schedule for training by steps."""
     for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
         if args.sched == "step" and getattr(args, flag) != args.defaults[flag]:
             parser.error(f"--{flag} goes with --sched cosine")
 
 
-def resolve_pruning(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself, and settle what depends on other flags.
+def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse contradictions, and set the defaults that depend on other flags.
 
-    --no_beta and --beta_only become the criterion that they stand for. Settings that the criterion
-    does not look at go back to their defaults, with a warning.
+    Replaces --no_beta and --beta_only by the criterion that they mean. Resets settings that the
+    criterion does not use to their defaults, with a warning.
     """
-    check_stages(parser, args)
+    _check_rounds(parser, args)
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
         if getattr(args, flag):
             if args.criterion not in ("gfbs", criterion):
                 parser.error(f"--{flag} means --criterion {criterion}, not {args.criterion}")
             args.criterion = criterion
     del args.beta, args.no_beta, args.beta_only
-    if args.macs is None and args.params is None and args.p is None:
-        args.p = args.default_p
-    del args.default_p
+    if args.macs is not None or args.params is not None:
+        args.p = None
     args.defaults["scope"] = CRITERIA[args.criterion].scope
     args.scope = args.scope or args.defaults["scope"]
     if args.defaults["score_images"] is None:
         args.defaults["score_images"] = args.train_bs
         args.score_images = args.score_images or args.train_bs
-    ignored = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
+    unused = [] if args.criterion in ("gfbs", "beta") else ["w_beta"]
     if not CRITERIA[args.criterion].gradients:
-        ignored += ["score_images", "score_seed"]
-    without_effect = [flag for flag in ignored if getattr(args, flag) != args.defaults[flag]]
-    for flag in without_effect:
+        unused += ["score_images", "score_seed"]
+    given = [flag for flag in unused if getattr(args, flag) != args.defaults[flag]]
+    for flag in given:
         setattr(args, flag, args.defaults[flag])
-    if without_effect:
-        flags = " and ".join(f"--{flag}" for flag in without_effect)
+    if given:
+        flags = " and ".join(f"--{flag}" for flag in given)
         warn(f"{flags}: without effect, {args.criterion} does not look at it")
 
 
 def warn(text: str) -> None:
-    """One line on stderr, of the first rank."""
+    """Print one line on stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
 
 
-# Flags that say where and how a run computes, not what: runs that differ in nothing else are one
-# and the same experiment.
+# Flags that say where and how a run computes, not what. Runs that differ only in these are the
+# same experiment.
 NO_CONFIGURATION = {
     "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "defaults",
     "deterministic", "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished",
@@ -207,35 +194,27 @@ NO_CONFIGURATION = {
 }  # fmt: skip
 
 
-def flag_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that make an experiment what it is."""
-    return {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any]:
+    """What tells experiments apart: flags, and the digest of the weights to start from."""
+    flags = {flag: value for flag, value in vars(args).items() if flag not in NO_CONFIGURATION}
+    return {**flags, "baseline": baseline}
 
 
-def configuration(args: argparse.Namespace, baseline: str | None = None) -> dict[str, Any]:
-    """What makes an experiment what it is: flags, and the weights that it starts from."""
-    return {**flag_values(args), "baseline": baseline}
-
-
-# Settings that have a place of their own in the name of a run, or in its folder's.
+# Settings that already have a place in the name of a run or of its parent folder.
 NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps", "from_scratch",
          "seed"}  # fmt: skip
 
 
-def run_name(args: argparse.Namespace) -> str:
-    """Name of a pruning run, below the folder of its network: ``gfbs_p0.7_smooth_seed1``, and then
-    every setting that is not at its default.
-    """
-    sizes = {"p": args.p, "macs": args.macs, "params": args.params}
-    how_much = next(_named(name, value) for name, value in sizes.items() if value is not None)
-    steps = f"_steps{args.steps}" if args.steps else ""
-    how = f"{'_smooth' * args.smooth}{steps}{'_scratch' * args.from_scratch}"
+def run_name(args: Namespace) -> str:
+    """The folder of a pruning run: ``gfbs_p0.7_smooth_seed1`` and every unusual setting."""
+    how = "_smooth" * args.smooth + "_scratch" * args.from_scratch
+    how += f"_steps{args.steps}" if args.steps else ""
     unusual = "".join(
         f"_{_named(flag.replace('_', ''), value)}"
-        for flag, value in sorted(flag_values(args).items())
+        for flag, value in sorted(configuration(args).items())
         if flag not in NAMED and value != args.defaults.get(flag)
     )
-    return f"{args.criterion}_{how_much}{how}_seed{args.seed}{unusual}"
+    return f"{args.criterion}_{_named(*_how_much(args))}{how}_seed{args.seed}{unusual}"
 
 
 def _named(name: str, value: Any) -> str:
@@ -245,7 +224,7 @@ def _named(name: str, value: Any) -> str:
     return name + ",".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)
 
 
-def network_folder(args: argparse.Namespace) -> str:
-    """Where a network's results go below OUTPUT: its name, and the data set unless CIFAR-10."""
+def network_folder(args: Namespace) -> str:
+    """The folder of a network in OUTPUT: its name, and the data set unless that is the usual."""
     usual = args.dataset in ("cifar10", "imagenet")
     return args.net if usual else f"{args.net}_{args.dataset}"
