@@ -1,7 +1,5 @@
 """Gates: one factor per channel, and how to skip or remove gates that change nothing."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Gated VGG (Simonyan and Zisserman, ICLR 2015) for CIFAR: with BatchNorm and one linear layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ WIDTHS = {
 class GateVGG(GatedModel):
     """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M".
 
-    Shape: (B, 3, H, W) -> (B, num_classes); H and W at least 32.
+    H and W of the images are at least 32.
     """
 
     head = "classifier"
