@@ -9,20 +9,13 @@ from models.groups import ChannelGroup, GatedModel
 
 
 def add_layer(
-    module: nn.Module,
-    k: int,
-    inputs: int,
-    outputs: int,
-    kernel: int,
-    stride: int = 1,
-    groups: int = 1,
+    module: nn.Module, k: int, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> None:
     """Add a convolution ``conv{k}`` without bias, a norm ``bn{k}`` and a gate ``gate{k}``."""
-    padding = kernel // 2
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     module.add_module(f"conv{k}", conv)
-    module.add_module(f"bn{k}", nn.BatchNorm2d(outputs))
-    module.add_module(f"gate{k}", Gate(outputs))
+    module.add_module(f"bn{k}", nn.BatchNorm2d(c_out))
+    module.add_module(f"gate{k}", Gate(c_out))
 
 
 def _named(prefix: str, *ks: int) -> dict[str, list[str]]:

@@ -16,24 +16,19 @@ LAYOUTS = {
 
 
 class Block(ResidualBlock):
-    """Two 3x3 convolutions. With a bottleneck: 1x1, 3x3, and 1x1 to four times the width.
-
-    ``downsample`` is None if the shortcut is the identity.
-    """
+    """Two 3x3 convolutions. With a bottleneck: 1x1, 3x3, and 1x1 to four times the width."""
 
     def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
-        out_channels = 4 * width if bottleneck else width
+        self.depth, out_channels = (3, 4 * width) if bottleneck else (2, width)
         if bottleneck:
-            self.depth = 3
             add_layer(self, 1, in_channels, width, 1)
             add_layer(self, 2, width, width, 3, stride)
             add_layer(self, 3, width, out_channels, 1)
         else:
-            self.depth = 2
             add_layer(self, 1, in_channels, width, 3, stride)
             add_layer(self, 2, width, width, 3)
-        self.downsample = None
+        self.downsample = None  # the shortcut is the identity
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))

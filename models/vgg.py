@@ -16,10 +16,7 @@ WIDTHS = {
 
 
 class GateVGG(GatedModel):
-    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M".
-
-    H and W of the images are at least 32.
-    """
+    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M"."""
 
     head = "classifier"
 
@@ -34,7 +31,7 @@ class GateVGG(GatedModel):
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
                 layers += [nn.BatchNorm2d(width), Gate(width), nn.ReLU(True)]
                 channels = width
-        # 32x32 images are 1x1 here already; the pooling makes other sizes work.
+        # 32x32 images are 1x1 here already; the pooling makes larger ones work.
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
         self.init_weights()
