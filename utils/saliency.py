@@ -206,11 +206,7 @@ def channel_saliency(
 
 
 def _gradients(
-    model: GatedModel,
-    images: Tensor,
-    labels: Tensor,
-    kind: Literal["norms", "gates"],
-    recompute: bool,
+    model: GatedModel, images: Tensor, labels: Tensor, kind: str, recompute: bool
 ) -> dict[str, Tensor]:
     """Gradients (C,) of the cross-entropy by gamma or by the gates, by the layer's name."""
     model = copy.deepcopy(model).train()  # train mode changes running statistics
