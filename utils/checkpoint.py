@@ -148,7 +148,7 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     except ValueError as error:
         raise InputError(str(error)) from error
     found = _count_classes(_skeleton(name, 1), state)
-    if num_classes != found:  # first of all: a network of so many classes takes memory
+    if num_classes != found:  # checked first: this number decides how much memory is taken
         raise InputError(f"damaged: it says {num_classes} classes, its weights have {found}")
     widths = _skeleton(name, num_classes).group_widths()
     try:

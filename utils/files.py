@@ -34,7 +34,13 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            _keep(path, Path(previous))
+            copy = _temporary(Path(previous))
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, copy)
+            os.replace(copy, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -49,17 +55,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed process left in ``folder``."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file a second name. It never loses the first one."""
-    copy = _temporary(previous)
-    copy.unlink(missing_ok=True)
-    try:
-        os.link(path, copy)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, copy)
-    os.replace(copy, previous)
 
 
 def _sync_folder(folder: Path) -> None:

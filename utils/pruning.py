@@ -111,8 +111,7 @@ class Ranking:
         scope: "global" ranks the scores of all groups together. "layer" replaces each score by the
             channel's rank within its group, so that all groups lose the same share.
 
-    Raises ValueError if a limit is below 1, the scope is unknown, or scores are missing or not
-    finite.
+    Raises ValueError for a limit below 1, an unknown scope, or scores missing or not finite.
     """
 
     def __init__(
@@ -146,10 +145,7 @@ class Ranking:
         self.entries = len(self._order)
 
     def cut_after(self, kept: int) -> int:
-        """The published rule: keep one entry more while the first to go is a coupled channel's.
-
-        A coupled channel has several gates.
-        """
+        """The published rule: keep more, until the first entry to go is of a group with one gate."""
         coupled = torch.tensor([len(group.gates) > 1 for group in self._owners])
         coupled = coupled.repeat_interleave(torch.tensor(self._sizes))[self._order]
         while kept < self.entries and coupled[kept]:
@@ -196,8 +192,7 @@ def select_channels(
     Args:
         groups, saliency: see ``Ranking``.
         ratio: share of the entries to remove, in [0, 1).
-        entries: N; default: all entries. For a network that was cut before, it may be the number
-            that it had at first.
+        entries: N; default: all entries. After an earlier cut, it may be their number before it.
         limits: ``min_channels``, ``round_to`` and ``scope`` of ``Ranking``.
 
     Raises ValueError if the ratio is outside [0, 1), and as ``Ranking`` does.

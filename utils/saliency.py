@@ -1,7 +1,6 @@
 """Score channels from one forward and one backward pass of one minibatch, in train mode.
 
-The method is that of the paper "Exploring Gradient Flow Based Saliency for DNN Model Compression"
-(ACM MM 2021).
+The method of "Exploring Gradient Flow Based Saliency for DNN Model Compression" (ACM MM 2021).
 """
 
 import copy
@@ -140,8 +139,7 @@ class Scoring:
         criterion: a name of ``CRITERIA``.
         w_beta: weight of the beta term.
         images: number of images in the scoring batch.
-        seed: draws them at random. With None they are the first of the last tenth of the training
-            set.
+        seed: draws them at random; None: the first of the last tenth of the training set.
         recompute: recompute activations in the backward pass, to save memory.
         random_seed: seed of the criterion ``random``.
     """
@@ -190,9 +188,7 @@ def channel_saliency(
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     generator = generator or torch.Generator().manual_seed(0)
     score, kind = CRITERIA[criterion].score, CRITERIA[criterion].gradients
-    gradients = {}
-    if kind is not None:
-        gradients = _gradients(model, images, labels, kind, checkpoint_activations)
+    gradients = _gradients(model, images, labels, kind, checkpoint_activations) if kind else {}
     saliency = {}
     for group in model.channel_groups():
         scores = score(_signals(model, group, gradients, generator), w_beta).cpu()

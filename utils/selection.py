@@ -62,8 +62,7 @@ def select(
         saliency: scores (C,) by group name.
         goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
-        before: ``gate_entries``, ``macs`` and ``params`` before the first cut. The goal is a share
-            of these.
+        before: ``gate_entries``, ``macs``, ``params`` before the first cut; the goal is a share.
 
     Raises InputError if even the smallest plan costs more than the goal allows.
     """
@@ -81,16 +80,12 @@ def planned_cost(model: GatedModel, plan: PruningPlan, image_size: int) -> Cost:
 
 
 def select_within(
-    model: GatedModel,
-    ranking: Ranking,
-    image_size: int,
-    of: Literal["macs", "params"],
-    most: float,
+    model: GatedModel, ranking: Ranking, image_size: int, of: str, most: float
 ) -> PruningPlan:
-    """The largest plan of a ranking of ``model`` whose cost ``of`` is at most ``most``.
+    """The largest plan of a ranking of ``model`` that costs at most ``most``.
 
-    ``Ranking.cut_after`` does not apply, so that the cost comes close to ``most``. All entries of a
-    channel still go together. Images are ``image_size`` pixels wide and high.
+    ``of`` is the cost: "macs", for images of ``image_size`` pixels, or "params".
+    ``Ranking.cut_after`` does not apply, so that the cost comes close to ``most``.
 
     Raises InputError, with the lowest possible cost, if every plan costs more.
     """
