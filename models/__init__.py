@@ -1,7 +1,5 @@
 """The gated networks, by name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +20,7 @@ NETWORKS: dict[str, Callable[..., GatedModel]] = {
     **{f"gateresnet{depth}": partial(GateResNetCifar, depth) for depth in (20, 32, 44, 56, 110)},
     "gatemobilenetv2": GateMobileNetV2,
     "gatedensenet40": partial(GateDenseNet, 40),
-    "gatedensenet100_bc": partial(GateDenseNet, 100, bottleneck=True, reduction=0.5),
+    "gatedensenet100_bc": partial(GateDenseNet, 100, bc=True),
     **{f"resnet{depth}": partial(ResNetImageNet, depth) for depth in (18, 34, 50, 101, 152)},
 }
 
@@ -33,8 +31,9 @@ ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("ga
 
 
 def check_network(net: str, known: Sequence[str] | None = None) -> str:
-    """Return ``net`` if it is in ``known`` (default: all names). Otherwise raise ValueError, with
-    the most similar names.
+    """Return ``net`` if it is in ``known`` (default: all names).
+
+    Raises ValueError, with the most similar names, if it is not.
     """
     known = [*NETWORKS, *ALIASES] if known is None else known
     if net not in known:
@@ -45,19 +44,16 @@ def check_network(net: str, known: Sequence[str] | None = None) -> str:
 
 
 def build_model(net: str, num_classes: int | None = None) -> GatedModel:
-    """A network with fresh weights.
+    """The network ``net`` of ``NETWORKS`` or ``ALIASES`` with fresh weights.
 
-    Args:
-        net: a name in ``NETWORKS`` or ``ALIASES``.
-        num_classes: outputs of the classifier; default: 100 for an alias, else that of the network.
+    The default of ``num_classes`` is 100 for an alias, else that of the network.
 
-    Raises ValueError if the name is unknown, or if an alias is asked for other than 100 classes;
+    Raises ValueError if the name is unknown, or if an alias gets another number than 100;
     TypeError if the network breaks the contract of ``GatedModel``.
     """
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):
-        advice = f"use {name}, which takes any number"
-        raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {advice}")
+        raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {name} takes any number")
     model = NETWORKS[name]() if fixed is None else NETWORKS[name](num_classes=fixed)
     if not isinstance(model, GatedModel):
         raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")

@@ -2,12 +2,11 @@
 
 Each layer of a dense block reads all channels made before it and appends its own. Each gate belongs
 to one reader: it says which of these channels the reader needs. Cutting takes two steps. First the
-``ChannelSelector`` of a reader skips a channel. Once all readers skip it, the layer that makes it
-stops making it (``live_channels``).
+``ChannelSelector`` of a reader skips a channel. Once all readers skip a channel, its layer stops
+making it (``live_channels``).
 """
 
-from __future__ import annotations
-
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -19,47 +18,35 @@ from models.groups import ChannelGroup, GatedModel
 from models.layers import ChannelSelector
 
 BLOCKS = (1, 2, 3)
+GROWTH = 12  # channels that each dense layer adds
 
 
 class DenseLayer(nn.Module):
-    """``bn1 gate1 ReLU conv1`` (3x3). With a bottleneck, ``conv1`` is 1x1 to 4 x growth channels,
-    and ``bn2 gate2 ReLU conv2`` (3x3) follows. Appends ``growth`` channels to the input.
+    """``bn1 gate1 ReLU conv1`` (3x3). With a bottleneck, ``conv1`` is 1x1 to 4 x GROWTH channels,
+    and ``bn2 gate2 ReLU conv2`` (3x3) follows. Appends its outputs to the input.
 
-    Shape: (B, C, H, W) -> (B, C + growth, H, W)
+    Shape: (B, C, H, W) -> (B, C + GROWTH, H, W)
     """
 
-    def __init__(self, in_channels: int, growth: int, bottleneck: bool):
+    def __init__(self, in_channels: int, bottleneck: bool):
         super().__init__()
         self.bottleneck = bottleneck
         self.select = ChannelSelector(in_channels)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.gate1 = Gate(in_channels)
         if bottleneck:
-            self.conv1 = nn.Conv2d(in_channels, 4 * growth, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(4 * growth)
-            self.gate2 = Gate(4 * growth)
-            self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, 4 * GROWTH, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(4 * GROWTH)
+            self.gate2 = Gate(4 * GROWTH)
+            self.conv2 = nn.Conv2d(4 * GROWTH, GROWTH, 3, padding=1, bias=False)
         else:
-            self.conv1 = nn.Conv2d(in_channels, growth, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, GROWTH, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(F.relu(self.gate1(self.bn1(self.select(x)))))
         if self.bottleneck:
             out = self.conv2(F.relu(self.gate2(self.bn2(out))))
         return torch.cat((x, out), 1)
-
-
-class DenseBlock(nn.Module):
-    """``layer``: dense layers in sequence."""
-
-    def __init__(self, in_channels: int, layers: int, growth: int, bottleneck: bool):
-        super().__init__()
-        self.layer = nn.Sequential(
-            *(DenseLayer(in_channels + i * growth, growth, bottleneck) for i in range(layers))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 class Transition(nn.Module):
@@ -83,30 +70,27 @@ class GateDenseNet(GatedModel):
     """``conv1``, three dense blocks with transitions between them, ``bn1 gate1 ReLU`` and ``fc``.
 
     Args:
-        depth: 3n + 4 for n layers per block, or 6n + 4 with a bottleneck.
-        bottleneck: whether a 1x1 convolution precedes each 3x3.
-        reduction: share of its channels that a transition keeps.
-        growth: channels that each layer adds; ``conv1`` makes twice as many.
-
-    Shape: (B, 3, H, W) -> (B, num_classes)
+        depth: 3n + 4 for n layers per block; 6n + 4 in a DenseNet-BC.
+        bc: build a DenseNet-BC: its layers have a bottleneck, its transitions halve the channels.
     """
 
     head = "fc"
 
-    def __init__(
-        self, depth: int, bottleneck: bool = False, reduction: float = 1.0, growth: int = 12,
-        num_classes: int = 10,
-    ):  # fmt: skip
+    def __init__(self, depth: int, bc: bool = False, num_classes: int = 10):
         super().__init__(num_classes)
-        layers = (depth - 4) // (6 if bottleneck else 3)
-        channels = 2 * growth
+        channels = 2 * GROWTH
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for b in BLOCKS:
-            self.add_module(f"block{b}", DenseBlock(channels, layers, growth, bottleneck))
-            channels += layers * growth
+            layers = []
+            for _ in range((depth - 4) // (6 if bc else 3)):
+                layers.append(DenseLayer(channels, bottleneck=bc))
+                channels += GROWTH
+            block = nn.Sequential(OrderedDict(layer=nn.Sequential(*layers)))
+            self.add_module(f"block{b}", block)
             if b != BLOCKS[-1]:
-                self.add_module(f"trans{b}", Transition(channels, int(channels * reduction)))
-                channels = int(channels * reduction)
+                out_channels = channels // 2 if bc else channels
+                self.add_module(f"trans{b}", Transition(channels, out_channels))
+                channels = out_channels
         self.select = ChannelSelector(channels)
         self.bn1 = nn.BatchNorm2d(channels)
         self.gate1 = Gate(channels)
@@ -131,23 +115,20 @@ class GateDenseNet(GatedModel):
             # No convolution makes these channels for this reader alone: its own inputs score them.
             yield ChannelGroup(gate, [gate], [norm], [selector, norm, gate], [reader], [reader])
             if f"{at}gate2" in modules:
-                yield ChannelGroup.around(
-                    [f"{at}gate2"], [f"{at}bn2"], [f"{at}conv1"], [f"{at}conv2"]
-                )
+                gates, norms, convs = [f"{at}gate2"], [f"{at}bn2"], [f"{at}conv1"]
+                yield ChannelGroup.around(gates, norms, convs, inputs=[f"{at}conv2"])
 
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """Outputs that some layer still reads, and what the selectors get of them.
+        """The outputs that some selector still reads, and the inputs that selectors then get.
 
         A layer whose outputs nobody reads keeps its first one. One pass suffices: removing the
         outputs of a layer never changes its inputs.
         """
-        outputs: dict[str, list[int]] = {}
-        inputs: dict[str, list[int]] = {}
+        outputs, inputs = {}, {}
         for makers, readers in self._dense_blocks():
             selectors = {name: self.get_submodule(name) for name in readers}
             read = {channel for s in selectors.values() for channel in s.channels}
-            live: list[int] = []  # channels of the whole block, in the order of concatenation
-            start = 0
+            live, start = [], 0  # both count the channels of the whole block, in order
             for name in makers:
                 width = self.get_submodule(name).out_channels
                 keep = [c for c in range(width) if start + c in read] or [0]
@@ -162,9 +143,8 @@ class GateDenseNet(GatedModel):
         return outputs, inputs
 
     def _dense_blocks(self) -> Iterator[tuple[list[str], list[str]]]:
-        """For each block: the convolutions that make its channels, and the selectors that read it.
-
-        The i-th selector reads what the first i convolutions make, in this order.
+        """For each block: the convolutions that make its channels, and the selectors that read
+        them. The i-th selector reads what the first i convolutions make, in this order.
         """
         first = "conv1"
         for b in BLOCKS:

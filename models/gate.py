@@ -1,7 +1,5 @@
 """Gates: one factor per channel, and how to skip or remove gates that change nothing."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,19 +13,16 @@ from torch.fx.experimental.optimization import fuse
 class Gate(nn.Module):
     """Multiply every channel by a frozen factor: ``y = gate * x``. All factors are 1 unless masked.
 
-    A gate stands where a factor of 0 has the same effect as removing the channel. So a pruning plan
-    can be tried as a mask before anything is cut.
+    A gate stands where a factor of 0 has the same effect as removing the channel. So a mask can try
+    a pruning plan before anything is cut.
 
     Shape: (B, C, H, W) -> (B, C, H, W); the parameter ``gate`` is (1, C, 1, 1).
-
-    Attributes:
-        folded: if True, the gate returns its input unchanged; see ``folded_gates``.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.gate = nn.Parameter(torch.ones(1, channels, 1, 1), requires_grad=False)
-        self.folded = False
+        self.folded = False  # True inside ``folded_gates``: return the input unchanged
 
     def forward(self, x: Tensor) -> Tensor:
         if self.folded:

@@ -9,6 +9,8 @@ from torch import nn
 
 from models.gate import Gate
 
+Names = Sequence[str]
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -21,12 +23,12 @@ class ChannelGroup:
         outputs: the layers that lose an output with every channel: convolutions, norms, gates,
             shortcuts, depthwise convolutions.
         inputs: the layers that lose an input: the next convolutions, the classifier, shortcuts.
-        convs: the convolutions whose filters score the channels in criteria that read filters.
-            Default: all convolutions among ``outputs``; if there are none (DenseNet), those among
-            ``inputs``, of which the criterion then reads the input slices.
-        positions: the place of each gate among all gates of the network, in module order; it breaks
-            ties between scores. ``GatedModel.channel_groups`` fills it in. Groups without it count
-            in the order in which they are listed.
+        convs: the convolutions that score the channels in criteria that read filters. Default: all
+            convolutions among ``outputs``; if there are none (DenseNet), those among ``inputs``,
+            where the criterion reads input slices.
+        positions: the index of each gate among all gates of the network, in module order; it breaks
+            ties between scores. ``GatedModel.channel_groups`` fills it in. Without it, groups count
+            in the order of their list.
     """
 
     name: str
@@ -40,21 +42,14 @@ class ChannelGroup:
     def __post_init__(self):
         for field in ("gates", "norms", "outputs", "inputs", "convs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        if not self.gates or self.name != self.gates[0]:
-            wanted = f"its first gate, {self.gates[:1]}"
-            raise ValueError(f"channel group {self.name!r} must be named after {wanted}")
-        if self.positions and len(self.positions) != len(self.gates):
-            count = len(self.gates)
-            raise ValueError(f"channel group {self.name!r}: {count} gates at {self.positions}")
+        if self.name not in self.gates[:1]:
+            raise ValueError(
+                f"channel group {self.name!r} does not have the name of its first gate"
+            )
 
     @classmethod
     def around(
-        cls,
-        gates: Sequence[str],
-        norms: Sequence[str],
-        convs: Sequence[str],
-        inputs: Sequence[str],
-        others: Sequence[str] = (),
+        cls, gates: Names, norms: Names, convs: Names, inputs: Names, others: Names = ()
     ) -> ChannelGroup:
         """A group whose outputs are its ``convs``, ``others``, ``norms`` and ``gates``."""
         return cls(gates[0], gates, norms, (*convs, *others, *norms, *gates), inputs, convs)
@@ -63,22 +58,18 @@ class ChannelGroup:
 class GatedModel(nn.Module):
     """A network that knows its own channel groups. The rest of the project knows no architecture.
 
-    The contract. A subclass must
+    A subclass must
 
     - take ``num_classes`` as a keyword and pass it to ``super().__init__``,
     - map images (B, 3, H, W) to logits (B, num_classes) in ``forward``,
     - set ``head`` to the name of its classifier, a linear layer, e.g. ``"fc"`` or ``"head.1"``,
     - place a ``Gate`` wherever channels can be cut, and list all gates in ``_channel_groups``.
 
-    It may override ``init_weights``, ``live_channels``, ``checkpoint_blocks`` and
-    ``pruning_stages``.
-
     Attributes:
         net: name in the registry; ``models.build_model`` sets it.
         num_classes: outputs of the classifier.
-        kept: group name -> sorted channels of the *unpruned* network that are left; groups that
-            were never cut are missing. ``utils.surgery.prune`` updates it. With ``net`` and
-            ``num_classes`` it is enough to rebuild the shapes of the network.
+        kept: group name -> sorted channels of the *unpruned* network that are left. Groups that
+            were never cut are missing. ``net``, ``num_classes`` and ``kept`` fix all shapes.
     """
 
     net: str = ""
@@ -121,26 +112,23 @@ class GatedModel(nn.Module):
             widths |= {name: modules[name].num_features for name in group.norms}
             if len(set(widths.values())) > 1:
                 raise ValueError(f"channel group {group.name}: layers differ in width: {widths}")
-            makers, readers = (
-                tuple(name for name in side if isinstance(modules[name], nn.Conv2d))
-                for side in (group.outputs, group.inputs)
-            )
+            convs = group.convs
+            for side in (group.outputs, group.inputs):
+                convs = convs or [name for name in side if isinstance(modules[name], nn.Conv2d)]
             positions = tuple(gates.index(name) for name in group.gates)
-            groups.append(
-                replace(group, convs=group.convs or makers or readers, positions=positions)
-            )
+            groups.append(replace(group, convs=convs, positions=positions))
         return sorted(groups, key=lambda group: group.positions)
 
     def group_widths(self) -> dict[str, int]:
         """Number of channels of every group, by group name."""
-        names = [group.name for group in self.channel_groups()]
-        return {name: self.get_submodule(name).gate.shape[1] for name in names}
+        groups = self.channel_groups()
+        return {group.name: self.get_submodule(group.name).gate.shape[1] for group in groups}
 
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """What surgery must keep after it has cut the groups, where no layer reads a channel now.
+        """Channels that some layer still reads, after surgery has cut the groups.
 
-        Returns two dicts by layer name: the outputs to keep, and the inputs to keep. Layers that
-        are missing keep everything.
+        Returns two dicts by layer name: the outputs to keep, and the inputs to keep. A layer that
+        is missing keeps everything.
         """
         return {}, {}
 

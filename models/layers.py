@@ -3,8 +3,6 @@
 The choice follows from the pruning plan. It is not part of the state dict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -49,21 +47,20 @@ class PadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(x, 1, self.stride)  # like x[:, :, ::s, ::s], but keeps channels_last
         x = F.pad(x, (0, 0, 0, 0, 0, 1))  # one channel of zeros, at index C_in
-        source = self.source % (self.in_channels + 1)  # -1 becomes C_in
-        return take_channels(x, source)
+        return take_channels(x, self.source % (self.in_channels + 1))  # -1 becomes C_in
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {len(self.source)}, stride={self.stride}"
 
 
 class ChannelSelector(nn.Module):
-    """Pass on some of the channels. All of them cost nothing; fewer cost one ``index_select``.
+    """Pass on some of the channels: no cost if all pass, else one ``index_select``.
 
     Shape: (B, in_channels, H, W) -> (B, len(channels), H, W)
 
     Attributes:
-        channels: the input channels that pass, sorted. The buffer ``index`` holds the same; it has
-            no values on the meta device, where costs are counted.
+        channels: the input channels that pass, sorted. The buffer ``index`` holds the same, but
+            has no values on the meta device, where costs are counted.
         in_channels: the number of input channels.
     """
 

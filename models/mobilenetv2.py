@@ -1,7 +1,5 @@
 """Gated MobileNetV2 (Sandler et al., CVPR 2018), for CIFAR: 32x32 pixels become 4x4."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from models.gate import Gate
 from models.groups import ChannelGroup
-from models.residual import ResidualBlock, ResidualModel
+from models.residual import ResidualBlock, ResidualModel, add_layer
 
 # Expansion, width, blocks, stride of the first block.
 TABLE = (
@@ -27,10 +25,8 @@ class InvertedResidual(ResidualBlock):
     """1x1 to ``expansion`` times the width, 3x3 depthwise, 1x1 to the new width; no final ReLU.
 
     The depthwise convolution makes channel c from channel c alone. So the channels before and
-    behind it are one group, with two gates and two norms.
-
-    ``shortcut`` is empty (the identity) if the width stays, a 1x1 convolution and a norm if it
-    changes, and None in a block of stride 2.
+    behind it are one group, with two gates and two norms. ``shortcut`` is empty (the identity) if
+    the width stays, a 1x1 convolution and a norm if it changes, and None in a block of stride 2.
     """
 
     depth = 3
@@ -39,12 +35,8 @@ class InvertedResidual(ResidualBlock):
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
         super().__init__()
         width = expansion * in_channels
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.gate1 = Gate(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.gate2 = Gate(width)
+        add_layer(self, 1, in_channels, width, 1)
+        add_layer(self, 2, width, width, 3, stride, groups=width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Sequential() if stride == 1 else None
@@ -68,28 +60,21 @@ class InvertedResidual(ResidualBlock):
 
 
 class GateMobileNetV2(ResidualModel):
-    """A stem, seventeen blocks (``TABLE``), a 1x1 convolution to 1,280 channels, a classifier.
-
-    Shape: (B, 3, H, W) -> (B, num_classes)
-    """
+    """A stem, seventeen blocks (``TABLE``), a 1x1 convolution to 1,280 channels, a classifier."""
 
     head = "linear"
     last_reader = "conv2"
 
     def __init__(self, num_classes: int = 10):
         super().__init__(num_classes)
-        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.gate1 = Gate(32)
+        add_layer(self, 1, 3, 32, 3)
         blocks, channels = [], 32
         for expansion, width, count, stride in TABLE:
             for b in range(count):
                 blocks.append(InvertedResidual(channels, width, expansion, 1 if b else stride))
                 channels = width
         self.layers = nn.Sequential(*blocks)
-        self.conv2 = nn.Conv2d(channels, 1280, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(1280)
-        self.gate2 = Gate(1280)
+        add_layer(self, 2, channels, 1280, 1)
         self.linear = nn.Linear(1280, num_classes)
 
     def init_weights(self) -> None:

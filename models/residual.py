@@ -1,18 +1,27 @@
 """Residual networks: which layers share their channels through residual streams."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import nn
 
+from models.gate import Gate
 from models.groups import ChannelGroup, GatedModel
+
+
+def add_layer(
+    module: nn.Module, k: int, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> None:
+    """Add a convolution ``conv{k}`` without bias, a norm ``bn{k}`` and a gate ``gate{k}``."""
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    module.add_module(f"conv{k}", conv)
+    module.add_module(f"bn{k}", nn.BatchNorm2d(c_out))
+    module.add_module(f"gate{k}", Gate(c_out))
 
 
 def _named(prefix: str, *ks: int) -> dict[str, list[str]]:
     """The gates, norms and convolutions ``gate{k}``, ``bn{k}``, ``conv{k}`` under ``prefix``."""
     kinds = {"gates": "gate", "norms": "bn", "convs": "conv"}
-    return {role: [f"{prefix}{kind}{k}" for k in ks] for role, kind in kinds.items()}
+    return {kind: [f"{prefix}{name}{k}" for k in ks] for kind, name in kinds.items()}
 
 
 class ResidualBlock(nn.Module):
@@ -27,15 +36,14 @@ class ResidualBlock(nn.Module):
     coupled: bool = False
 
     def shortcut_layers(self) -> list[str] | None:
-        """Names of the layers of the shortcut, in forward order, below the block.
+        """Names, below the block, of the layers of its shortcut, in forward order.
 
-        None for an identity shortcut: the streams before and behind the block are one. An empty
-        list if the block has no shortcut.
+        None for an identity shortcut; an empty list if the block has no shortcut.
         """
         raise NotImplementedError
 
     def inner_groups(self, name: str) -> Iterator[ChannelGroup]:
-        """The groups of the channels inside this block, whose name in the network is ``name``."""
+        """The groups inside this block. Its name in the network is ``name``."""
         inner = range(1, self.depth)
         for ks in [tuple(inner)] if self.coupled else [(k,) for k in inner]:
             reader = f"{name}.conv{ks[-1] + 1}"
@@ -56,8 +64,7 @@ class ResidualModel(GatedModel):
 
     def _blocks(self) -> dict[str, ResidualBlock]:
         """Name -> block, in forward order."""
-        modules = self.named_modules()
-        return {name: module for name, module in modules if isinstance(module, ResidualBlock)}
+        return {name: m for name, m in self.named_modules() if isinstance(m, ResidualBlock)}
 
     def _channel_groups(self) -> Iterator[ChannelGroup]:
         stream, readers, others = _named("", 1), [], []

@@ -1,12 +1,9 @@
 """Gated ResNets for ImageNet, with torchvision's layers and names (v1.5: stride in the 3x3)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gate import Gate
-from models.residual import ResidualBlock, ResidualModel
+from models.residual import ResidualBlock, ResidualModel, add_layer
 
 # Depth -> whether the blocks are bottlenecks, and the number of blocks in each stage.
 LAYOUTS = {
@@ -19,27 +16,19 @@ LAYOUTS = {
 
 
 class Block(ResidualBlock):
-    """Two 3x3 convolutions. With a bottleneck: 1x1, 3x3, and 1x1 to four times the width.
-
-    ``downsample`` is None if the shortcut is the identity.
-    """
+    """Two 3x3 convolutions. With a bottleneck: 1x1, 3x3, and 1x1 to four times the width."""
 
     def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
-        kernels = (1, 3, 1) if bottleneck else (3, 3)
-        out_channels = 4 * width if bottleneck else width
-        widths = (in_channels, *[width] * (len(kernels) - 1), out_channels)
-        strided = kernels.index(3) + 1  # the stride is in the 3x3
-        self.depth = len(kernels)
-        for k, kernel in enumerate(kernels, start=1):
-            conv = nn.Conv2d(
-                widths[k - 1], widths[k], kernel,
-                stride=stride if k == strided else 1, padding=kernel // 2, bias=False,
-            )  # fmt: skip
-            self.add_module(f"conv{k}", conv)
-            self.add_module(f"bn{k}", nn.BatchNorm2d(widths[k]))
-            self.add_module(f"gate{k}", Gate(widths[k]))
-        self.downsample = None
+        self.depth, out_channels = (3, 4 * width) if bottleneck else (2, width)
+        if bottleneck:
+            add_layer(self, 1, in_channels, width, 1)
+            add_layer(self, 2, width, width, 3, stride)
+            add_layer(self, 3, width, out_channels, 1)
+        else:
+            add_layer(self, 1, in_channels, width, 3, stride)
+            add_layer(self, 2, width, width, 3)
+        self.downsample = None  # the shortcut is the identity
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
@@ -58,26 +47,20 @@ class Block(ResidualBlock):
 
 
 class ResNetImageNet(ResidualModel):
-    """ResNet-18 to -152 with gates.
-
-    Shape: (B, 3, H, W) -> (B, num_classes)
-    """
+    """ResNet-18 to -152 with gates."""
 
     head = "fc"
 
     def __init__(self, depth: int, num_classes: int = 1000):
         super().__init__(num_classes)
         bottleneck, blocks = LAYOUTS[depth]
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.gate1 = Gate(64)
+        add_layer(self, 1, 3, 64, 7, stride=2)
         channels = 64
         for s, count in enumerate(blocks):
-            stage = []
+            width, stage = 64 * 2**s, []
             for b in range(count):
-                stride = 2 if s > 0 and b == 0 else 1
-                stage.append(Block(channels, 64 * 2**s, stride, bottleneck))
-                channels = 64 * 2**s * (4 if bottleneck else 1)
+                stage.append(Block(channels, width, 2 if s > 0 and b == 0 else 1, bottleneck))
+                channels = 4 * width if bottleneck else width
             self.add_module(f"layer{s + 1}", nn.Sequential(*stage))
         self.fc = nn.Linear(channels, num_classes)
         self.init_weights()

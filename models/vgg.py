@@ -1,7 +1,5 @@
 """Gated VGG (Simonyan and Zisserman, ICLR 2015) for CIFAR: with BatchNorm and one linear layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -18,10 +16,7 @@ WIDTHS = {
 
 
 class GateVGG(GatedModel):
-    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M".
-
-    Shape: (B, 3, H, W) -> (B, num_classes); H and W at least 32.
-    """
+    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M"."""
 
     head = "classifier"
 
@@ -36,7 +31,7 @@ class GateVGG(GatedModel):
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
                 layers += [nn.BatchNorm2d(width), Gate(width), nn.ReLU(True)]
                 channels = width
-        # 32x32 images are 1x1 here already; the pooling makes other sizes work.
+        # 32x32 images are 1x1 here already; the pooling makes larger ones work.
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
         self.init_weights()

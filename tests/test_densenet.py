@@ -17,7 +17,7 @@ from utils.cost import model_cost
 from utils.pruning import PruningPlan
 from utils.saliency import channel_saliency
 from utils.selection import planned_cost
-from utils.surgery import prune, split_plan
+from utils.surgery import prune
 
 NETS = ["gatedensenet40", "gatedensenet100_bc"]
 LAYERS = {"gatedensenet40": 12, "gatedensenet100_bc": 16}  # a block
@@ -205,8 +205,8 @@ def test_pruning_in_steps_equals_pruning_once(model):
     whole = PruningPlan(twice.kept)
     directly = prune(copy.deepcopy(model), whole)
     staged = copy.deepcopy(model)
-    for part in split_plan(model, whole):
-        prune(staged, part)
+    for stage in model.pruning_stages():
+        prune(staged, whole.only(stage))
     for other in (directly, staged):
         assert other.kept == twice.kept
         assert torch.equal(other(images), twice(images))

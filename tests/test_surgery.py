@@ -14,7 +14,7 @@ from models import NETWORKS, Gate
 from models.layers import ChannelSelector, PadShortcut
 from utils.pruning import PruningPlan, select_channels
 from utils.saliency import channel_saliency
-from utils.surgery import keep_inputs, keep_outputs, prune, split_plan
+from utils.surgery import keep_inputs, keep_outputs, prune
 
 
 def image_size(net):
@@ -78,8 +78,8 @@ def test_stages_together_are_the_whole_plan(net):
     untouched = list(plan.keep)[1]
     plan.keep[untouched] = list(range(model.group_widths()[untouched]))
     staged, cut = copy.deepcopy(model), []
-    for part in split_plan(model, plan):
-        cut += prune(staged, part).kept.keys() - set(cut)
+    for stage in model.pruning_stages():
+        cut += prune(staged, plan.only(stage)).kept.keys() - set(cut)
         staged(random_batch(2, image_size(net))[0])  # the network runs after every stage
     losing = {n for n, width in model.group_widths().items() if len(plan.keep[n]) < width}
     assert sorted(cut) == sorted(losing)

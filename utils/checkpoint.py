@@ -8,13 +8,12 @@ A checkpoint of ours is a dict of plain values and tensors, which ``torch.load``
     state_dict  the weights, with the names of the unpruned network and no prefix of a wrapper
     sha256      checksum of all other entries, because torch does not notice a flipped bit
     ...         metadata: dataset, classes, normalisation, image_size, accuracy, epoch, ...
-    training    only in last.pth: optimiser, schedule and more, to resume from
+    training    only in last.pth: optimiser, schedule and more, to resume the run
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import ALIASES, NETWORKS, GatedModel, build_model, check_network
+from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, GatedModel, build_model, check_network
 from utils.data.metadata import FORMAT, check_entries, check_format
 from utils.errors import InputError
 from utils.files import read_tensors, write_atomically
@@ -51,13 +50,9 @@ class Checkpoint:
 def save_checkpoint(
     path: str | Path, model: GatedModel, *, previous: str | Path | None = None, **meta: Any
 ) -> None:
-    """Write a checkpoint of ``model``, which no wrapper may hold.
+    """Write a checkpoint of ``model``, without a wrapper, with ``meta``: plain values and tensors.
 
-    Args:
-        path: the file; it is replaced as a whole.
-        model: the network.
-        previous: where the old file at ``path`` is kept, if anywhere.
-        meta: further entries: plain values and tensors.
+    An old file at ``path`` is replaced as a whole; with ``previous``, it is kept there.
     """
     network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -81,9 +76,8 @@ def checksum(content: Any) -> str:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, Mapping):
             digest.update(f"mapping {len(value)}".encode())
-            for key, entry in value.items():
-                feed(key)
-                feed(entry)
+            for part in itertools.chain.from_iterable(value.items()):
+                feed(part)
         elif isinstance(value, (list, tuple)):
             digest.update(f"sequence {len(value)}".encode())
             for entry in value:
@@ -107,11 +101,8 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
 
     In files of other programs the state dict may be bare, or wrapped in ``net``, ``state_dict`` or
     ``model``. Its names may begin with ``module.``, and gates may be missing. The network and the
-    number of classes are inferred from names and shapes.
-
-    Args:
-        path: the file.
-        net: the network or alias that the file must hold; None for any.
+    number of classes are inferred from names and shapes. ``net`` is the network or alias that the
+    file must hold; None for any.
 
     Raises InputError, with the path, if the file is missing, unsafe to load, damaged, or of another
     network, or if a weight or a running statistic is not finite.
@@ -144,11 +135,10 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     check_format(content)
     body = {key: value for key, value in content.items() if key != "sha256"}
     try:
-        fits = checksum(body) == content.get("sha256")
-    except (RuntimeError, ValueError) as error:  # lists in lists without end, or other values
+        if checksum(body) != content.get("sha256"):
+            raise ValueError("the checksum does not fit the content")
+    except (RuntimeError, ValueError) as error:  # also: endless lists, values that are not plain
         raise InputError(f"damaged, or not made by this project ({error})") from error
-    if not fits:
-        raise InputError("damaged: the checksum does not fit the content")
     check_entries(content)
     network, state = content["network"], _finite(content["state_dict"])
     name, num_classes = network["net"], network["num_classes"]
@@ -166,8 +156,8 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     except ValueError as error:
         raise InputError(f"damaged: {error}") from error
     model = _rebuild(name, num_classes, plan, state)
-    used = ("format", "network", "state_dict")
-    return Checkpoint(model, {key: value for key, value in body.items() if key not in used})
+    used = ("format", "network", "state_dict", "sha256")
+    return Checkpoint(model, {key: value for key, value in content.items() if key not in used})
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
@@ -186,8 +176,8 @@ def _rebuild(
 ) -> GatedModel:
     """A network cut by ``plan`` with the weights ``state``, in their widest floating-point type.
 
-    Weights that do not fit are refused before the network takes memory. The random state stays as
-    it is. A weight on the meta device keeps its initial value.
+    Refuses weights that do not fit before the network takes memory. The random state does not
+    change. A weight on the meta device keeps its initial value.
     """
     _check_fits(prune(_skeleton(net, num_classes), plan), state)
     with torch.random.fork_rng([]):
@@ -207,30 +197,25 @@ def _check_fits(model: GatedModel, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         fitting = expected[name]
         if tensor.shape != fitting.shape:
-            shapes = f"{list(tensor.shape)}, not {list(fitting.shape)}"
-            raise InputError(f"damaged: {name} is of shape {shapes}")
+            shape = f"{list(tensor.shape)}, not {list(fitting.shape)}"
+            raise InputError(f"damaged: {name} is of shape {shape}")
         if tensor.dtype not in (FLOATS if fitting.is_floating_point() else (fitting.dtype,)):
             raise InputError(f"damaged: {name} is of {tensor.dtype}, not like {fitting.dtype}")
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
-    state = content
-    for wrapper in ("net", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            state = content[wrapper]
-            break
+    parts = content if isinstance(content, Mapping) else {}
+    wrapped = (parts.get(name) for name in ("net", "state_dict", "model"))
+    state = next((part for part in wrapped if isinstance(part, Mapping)), content)
     return {name.removeprefix("module."): tensor for name, tensor in _finite(state).items()}
 
 
 def _finite(state: Any) -> Mapping[str, Tensor]:
     """Return ``state``. Raise InputError unless it is a state dict of finite weights."""
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    ):
+    entries = list(state.items()) if isinstance(state, Mapping) else []
+    if not entries or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
         raise InputError("no state dict, neither bare nor in 'net', 'state_dict' or 'model'")
-    for name, tensor in state.items():
+    for name, tensor in entries:
         if tensor.dtype in FLOATS and not tensor.isfinite().all():
             raise InputError(f"{name} is not finite; take a checkpoint from before it diverged")
     return state
@@ -244,18 +229,15 @@ def _optional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
     """The name and the number of classes of the unpruned network that a state dict fits.
 
-    Raises InputError if it fits none, with the most similar network and up to three odd names.
+    Raises InputError, with the most similar network and up to three odd names, if it fits none.
     """
     given = state.keys() - _optional(state).keys()
-    pruned, nearest = "", (len(state) + 1, "")
+    pruned, misfits = "", [(len(state) + 1, "")]
     for net in NETWORKS:
         model = _skeleton(net, 1)
         expected = model.state_dict()
-        odd = sorted(given ^ (expected.keys() - _optional(expected).keys()))
-        if odd:
-            nearest = min(
-                nearest, (len(odd), f"; {net} comes nearest but for {', '.join(odd[:3])}")
-            )
+        if odd := sorted(given ^ (expected.keys() - _optional(expected).keys())):
+            misfits.append((len(odd), f"; {net} comes nearest but for {', '.join(odd[:3])}"))
             continue
         num_classes = _count_classes(model, state)
         expected = _skeleton(net, max(num_classes, 1)).state_dict()
@@ -263,11 +245,9 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
             return net, num_classes
         pruned = net
     if pruned:
-        raise InputError(
-            f"has the layers of {pruned} in other widths: a pruned network, which cannot be"
-            " rebuilt without its plan; prune the unpruned checkpoint again"
-        )
-    raise InputError(f"its layers are those of no known network{nearest[1]}")
+        advice = "cannot be rebuilt without its plan; prune the unpruned checkpoint again"
+        raise InputError(f"has the layers of {pruned} in other widths: a pruned network {advice}")
+    raise InputError(f"its layers are those of no known network{min(misfits)[1]}")
 
 
 def _skeleton(net: str, num_classes: int) -> GatedModel:
@@ -285,7 +265,6 @@ def _count_classes(model: GatedModel, state: Mapping[str, Tensor]) -> int:
 def _check_expected(found: str, net: str | None) -> None:
     if net is not None and found != ALIASES.get(net, (net,))[0]:
         advice = f"give --net {found} or another --checkpoint"
-        imagenet = found.startswith("resnet")
-        if imagenet != net.startswith("resnet"):
-            advice = f"gfbs_{'imagenet' if imagenet else 'cifar'}.py prunes it"
+        if (found in IMAGENET_NETWORKS) != (net in IMAGENET_NETWORKS):
+            advice = f"gfbs_{'imagenet' if found in IMAGENET_NETWORKS else 'cifar'}.py prunes it"
         raise InputError(f"holds {found}, not {net}; {advice}")

@@ -1,7 +1,5 @@
 """The cost of a network: multiply-adds and parameters."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 
@@ -26,8 +24,8 @@ class Cost:
 def model_cost(model: GatedModel, image_size: int) -> Cost:
     """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
 
-    MACs are those of convolutions and linear layers. Gates do not count as parameters. Only shapes
-    are run, on the meta device; the network itself stays as it is.
+    MACs are those of convolutions and linear layers. Gates do not count as parameters. A copy on
+    the meta device runs, so no memory is taken and ``model`` stays as it is.
 
     Raises InputError if the images are too small for the network.
     """
@@ -36,8 +34,8 @@ def model_cost(model: GatedModel, image_size: int) -> Cost:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     except RuntimeError as error:
-        size = f"images of {image_size} pixels"
-        raise InputError(f"{size} do not fit {model.net} ({error})") from error
+        misfit = f"images of {image_size} pixels do not fit {model.net}"
+        raise InputError(f"{misfit} ({error})") from error
     gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
     params = sum(parameter.numel() for parameter in model.parameters()) - gates
     return Cost(counter.get_total_flops() // 2, params)  # torch counts two FLOPs per MAC

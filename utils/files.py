@@ -1,7 +1,5 @@
 """Files: written whole or not at all, and read without trust in what they hold."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -24,8 +22,8 @@ def write_atomically(
 ) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it into place.
 
-    A reader sees the old file or the new one; where writing fails, the old one stays. With
-    ``previous``, the old one goes on under that name, and at no moment is there none at ``path``.
+    A reader sees the old file or the new one. If writing fails, the old file stays. With
+    ``previous``, the old file is kept under that name; ``path`` exists at every instant.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +34,13 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            _keep(path, Path(previous))
+            copy = _temporary(Path(previous))
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, copy)
+            os.replace(copy, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -53,19 +57,8 @@ def remove_leftovers(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file a second name without ever being without the first."""
-    copy = _temporary(previous)
-    copy.unlink(missing_ok=True)
-    try:
-        os.link(path, copy)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, copy)
-    os.replace(copy, previous)
-
-
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where folders can be synced."""
+    """Make a rename survive a power cut, if the file system can sync folders."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -85,9 +78,8 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_tensors(path: Path) -> Any:
     """The content of a file of ``torch.save`` that may be damaged or hostile, on the CPU.
 
-    It loads tensors and plain values only, and takes no more memory than the file has bytes.
-
-    Raises InputError, without the path, if the file is missing or cannot be read in this way.
+    Loads tensors and plain values only, and takes no more memory than the file has bytes. Raises
+    InputError, without the path, if the file is missing or cannot be read in this way.
     """
     try:
         status = path.stat()
@@ -117,7 +109,7 @@ def _unpickle(file: IO[bytes], size: int) -> Any:
     except (InputError, OSError):
         raise
     except pickle.UnpicklingError as error:
-        reason = "it is damaged, or holds other things than tensors and plain values"
+        reason = "it is damaged, or does not only hold tensors and plain values"
         raise InputError(f"cannot be loaded safely: {reason}") from error
     except Exception as error:  # torch raises almost anything for a damaged file
         raise InputError(f"damaged, or no checkpoint ({type(error).__name__})") from error
@@ -126,8 +118,8 @@ def _unpickle(file: IO[bytes], size: int) -> Any:
 def _check_sizes(content: Any, size: int) -> None:
     """Refuse tensors and containers that take more memory than the ``size`` bytes of their file.
 
-    A few bytes can stand for a huge tensor that repeats one value, or for lists that contain
-    themselves. Tensors that share a storage (tied weights) count once.
+    A few bytes can stand for a huge tensor that repeats one value, or for a list that contains
+    itself. Tensors that share a storage (tied weights) count once.
     """
     entries, found, storages = [("content", content)], 0, {}
     while entries:

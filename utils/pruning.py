@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +20,9 @@ class PruningPlan:
     """The channels that each group keeps. A group that is not named keeps all its channels.
 
     Attributes:
-        keep: group name -> sorted indices of the channels that stay. They count the channels of the
-            model for which the plan was made.
-        held_at_floor: the groups that kept more channels than selected, to reach the minimum. For
-            reports only: it is neither saved nor compared.
+        keep: group name -> sorted indices of the channels that stay, in the model of the plan.
+        held_at_floor: groups that keep more channels than selected, because of ``min_channels``.
+            For reports only: it is neither saved nor compared.
 
     Raises ValueError, with the group's name, if indices are not sorted, unique and non-negative, or
     if a group keeps nothing.
@@ -45,7 +43,7 @@ class PruningPlan:
                 raise ValueError(f"pruning plan: indices of {name} are not sorted, or not unique")
 
     def shrinking(self, widths: Mapping[str, int]) -> PruningPlan:
-        """The part of the plan for groups that lose channels; ``widths`` are their widths now.
+        """The part of the plan for groups that lose channels, in a network of these ``widths``.
 
         Raises ValueError, with the group, if the plan does not fit the widths.
         """
@@ -53,8 +51,8 @@ class PruningPlan:
             if name not in widths:
                 raise ValueError(f"pruning plan: the network has no channel group {name!r}")
             if indices[-1] >= widths[name]:
-                bound = f"channel {indices[-1]} of {widths[name]}"
-                raise ValueError(f"pruning plan: group {name} keeps {bound}")
+                beyond = f"channel {indices[-1]} of {widths[name]}"
+                raise ValueError(f"pruning plan: group {name} keeps {beyond}")
         return self.only([name for name, keep in self.keep.items() if len(keep) < widths[name]])
 
     def only(self, groups: Sequence[str] | None) -> PruningPlan:
@@ -65,12 +63,10 @@ class PruningPlan:
 
     def then(self, plan: PruningPlan) -> PruningPlan:
         """Both cuts as one plan: ``plan`` refers to the network that this plan has cut."""
-        kept = self.keep
-        after = {
-            name: [kept[name][i] for i in keep] if name in kept else list(keep)
-            for name, keep in plan.keep.items()
-        }
-        return PruningPlan({**kept, **after})
+        keep = dict(self.keep)
+        for name, indices in plan.keep.items():
+            keep[name] = [keep[name][i] for i in indices] if name in keep else list(indices)
+        return PruningPlan(keep)
 
     def apply_mask(self, model: GatedModel) -> GatedModel:
         """Zero the gates of all channels that go, in place; outputs are those of ``prune``."""
@@ -104,8 +100,8 @@ class PruningPlan:
 class Ranking:
     """All channels of a network, ranked by saliency. It yields plans of any size.
 
-    Each gate of each group has one entry per channel, in module order. Of equal scores, the later
-    entry ranks higher.
+    Each gate of each group has one entry per channel, in module order; there are ``entries`` of
+    them. Of equal scores, the later entry ranks higher.
 
     Args:
         groups: the channel groups of the network.
@@ -115,11 +111,7 @@ class Ranking:
         scope: "global" ranks the scores of all groups together. "layer" replaces each score by the
             channel's rank within its group, so that all groups lose the same share.
 
-    Attributes:
-        entries: number of entries.
-
-    Raises ValueError if ``min_channels`` or ``round_to`` is below 1, the scope is unknown, or (with
-    the group's name) scores are missing or not finite.
+    Raises ValueError for a limit below 1, an unknown scope, or scores missing or not finite.
     """
 
     def __init__(
@@ -142,7 +134,10 @@ class Ranking:
             if not torch.isfinite(saliency[group.name]).all():
                 raise ValueError(f"the saliency of channel group {group.name} is not finite")
         self.groups, self.min_channels, self.round_to = list(groups), min_channels, round_to
-        self._owners = _gate_owners(groups)
+        owners = [group for group in groups for _ in group.gates]
+        places = [place for group in groups for place in group.positions] or range(len(owners))
+        in_order = sorted(zip(places, owners, strict=True), key=lambda pair: pair[0])
+        self._owners = [owner for _, owner in in_order]
         scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
         self._scores = scores if scope == "global" else {n: _ranks(s) for n, s in scores.items()}
         self._sizes = [len(self._scores[group.name]) for group in self._owners]
@@ -150,9 +145,7 @@ class Ranking:
         self.entries = len(self._order)
 
     def cut_after(self, kept: int) -> int:
-        """The published rule that splits no coupled channel: keep one entry more as long as the
-        first entry to go belongs to a group with several gates.
-        """
+        """The published rule: keep more, until the first entry to go is of a group with one gate."""
         coupled = torch.tensor([len(group.gates) > 1 for group in self._owners])
         coupled = coupled.repeat_interleave(torch.tensor(self._sizes))[self._order]
         while kept < self.entries and coupled[kept]:
@@ -162,8 +155,8 @@ class Ranking:
     def plan(self, kept: int) -> PruningPlan:
         """Keep the first ``kept`` entries, and what ``min_channels`` and ``round_to`` add.
 
-        A channel stays if any of its entries stays: with equal scores, the entries of one channel
-        may lie on both sides of the cut. A larger ``kept`` gives a plan that contains this one.
+        A channel stays if any of its entries stays: the cut may split entries of equal scores. A
+        larger ``kept`` gives a plan that contains this one.
         """
         stays = torch.zeros(self.entries, dtype=torch.bool)
         stays[self._order[:kept]] = True
@@ -188,10 +181,8 @@ def select_channels(
     saliency: Mapping[str, Tensor],
     ratio: float,
     *,
-    min_channels: int = 1,
-    round_to: int = 1,
-    scope: str = "global",
     entries: int | None = None,
+    **limits: int | str,
 ) -> PruningPlan:
     """Keep the most salient channels of the whole network, as the published code selects them.
 
@@ -199,42 +190,18 @@ def select_channels(
     cut would split coupled channels.
 
     Args:
-        groups, saliency, min_channels, round_to, scope: see ``Ranking``.
+        groups, saliency: see ``Ranking``.
         ratio: share of the entries to remove, in [0, 1).
-        entries: N; default: all entries. A network that was cut before may count from the number
-            of entries that it had.
+        entries: N; default: all entries. After an earlier cut, it may be their number before it.
+        limits: ``min_channels``, ``round_to`` and ``scope`` of ``Ranking``.
 
     Raises ValueError if the ratio is outside [0, 1), and as ``Ranking`` does.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
-    ranking = Ranking(
-        groups, saliency, min_channels=min_channels, round_to=round_to, scope=scope
-    )  # fmt: skip
+    ranking = Ranking(groups, saliency, **limits)
     total = ranking.entries if entries is None else entries
     return ranking.plan(ranking.cut_after(min(ranking.entries, int(total * (1 - ratio)))))
-
-
-def largest_plan(ranking: Ranking, fits: Callable[[PruningPlan], bool]) -> PruningPlan | None:
-    """The largest plan that ``fits``, by bisection; None if no plan fits.
-
-    If a plan fits, every smaller plan must fit too. The coupled rule (``cut_after``) does not apply
-    here, so that a budget is met closely. All entries of a channel still go together.
-    """
-    # The smallest number of entries whose plan does not fit.
-    beyond = bisect.bisect_left(
-        range(ranking.entries + 1), True, key=lambda kept: not fits(ranking.plan(kept))
-    )
-    return ranking.plan(beyond - 1) if beyond else None
-
-
-def _gate_owners(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The group of every gate, in module order if all groups have positions, else as listed."""
-    owners = [group for group in groups for _ in group.gates]
-    positions = [place for group in groups for place in group.positions]
-    if len(positions) < len(owners):
-        return owners
-    return [owners[i] for i in sorted(range(len(owners)), key=positions.__getitem__)]
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -1,20 +1,17 @@
 """Score channels from one forward and one backward pass of one minibatch, in train mode.
 
-The method is that of the paper "Exploring Gradient Flow Based Saliency for DNN Model Compression"
-(ACM MM 2021).
+The method of "Exploring Gradient Flow Based Saliency for DNN Model Compression" (ACM MM 2021).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models import ChannelGroup, GatedModel
@@ -24,7 +21,7 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class GroupSignals:
-    """What a criterion knows of one group: C channels, k norms.
+    """What a criterion knows of one group with C channels and k norms.
 
     Attributes:
         gamma: scales of the norms (k, C).
@@ -32,9 +29,8 @@ class GroupSignals:
         filters: one matrix (C, weights per channel) for each of the group's ``convs``: the filters
             that make the channels or, where a convolution only reads them, its input slices.
         random: (C,) uniform in [0, 1); other numbers for every group.
-        gamma_grad: gradients of the loss by gamma (k, C); None unless ``Criterion.gradients`` is
-            "norms".
-        gate_grad: gradients of the loss by the gates (gates, C); None unless it is "gates".
+        gamma_grad: gradients of the loss by gamma (k, C), if ``Criterion.gradients`` is "norms".
+        gate_grad: gradients of the loss by the gates (gates, C), if it is "gates".
     """
 
     gamma: Tensor
@@ -142,10 +138,10 @@ class Scoring:
     Attributes:
         criterion: a name of ``CRITERIA``.
         w_beta: weight of the beta term.
-        images: how many images the scoring batch has.
-        seed: draws them at random; None for the first of the last tenth of the training set.
-        recompute: compute activations again on the way back, to save memory.
-        random_seed: of the criterion ``random``.
+        images: number of images in the scoring batch.
+        seed: draws them at random; None: the first of the last tenth of the training set.
+        recompute: recompute activations in the backward pass, to save memory.
+        random_seed: seed of the criterion ``random``.
     """
 
     criterion: str
@@ -172,8 +168,8 @@ def channel_saliency(
 ) -> dict[str, Tensor]:
     """Score every prunable channel of ``model`` on one minibatch.
 
-    The model runs in train mode: BatchNorm normalises by the statistics of the batch. Afterwards
-    its parameters, buffers, gradients and modes, and the random state, are the same bits as before.
+    A copy runs in train mode: BatchNorm normalises by the statistics of the batch. The model and
+    the random state do not change.
 
     Args:
         model: a gated network, not wrapped for several devices.
@@ -185,25 +181,16 @@ def channel_saliency(
             backward pass: less memory, the same scores.
         generator: CPU generator for the criterion ``random``; default: one with seed 0.
 
-    Returns the scores (C,) by group name, on the CPU.
-
-    Raises ValueError for an unknown criterion; InputError, with criterion and group, for scores
-    that are not finite.
+    Returns the scores (C,) by group name, on the CPU. Raises ValueError for an unknown criterion;
+    InputError, with criterion and group, for scores that are not finite.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     generator = generator or torch.Generator().manual_seed(0)
     score, kind = CRITERIA[criterion].score, CRITERIA[criterion].gradients
-    groups = model.channel_groups()
-    gradients: dict[str, Tensor] = {}
-    if kind is not None:
-        names = [name for group in groups for name in getattr(group, kind)]
-        parameter = "weight" if kind == "norms" else "gate"
-        watched = {name: getattr(model.get_submodule(name), parameter) for name in names}
-        gradients = _gradients(model, images, labels, watched, checkpoint_activations)
-
+    gradients = _gradients(model, images, labels, kind, checkpoint_activations) if kind else {}
     saliency = {}
-    for group in groups:
+    for group in model.channel_groups():
         scores = score(_signals(model, group, gradients, generator), w_beta).cpu()
         if not torch.isfinite(scores).all():
             raise InputError(
@@ -215,77 +202,37 @@ def channel_saliency(
 
 
 def _gradients(
-    model: GatedModel,
-    images: Tensor,
-    labels: Tensor,
-    watched: Mapping[str, nn.Parameter],
-    checkpoint_activations: bool,
+    model: GatedModel, images: Tensor, labels: Tensor, kind: str, recompute: bool
 ) -> dict[str, Tensor]:
-    """Gradients of the cross-entropy by the ``watched`` parameters, in train mode, flattened."""
-    blocks = model.checkpoint_blocks() if checkpoint_activations else []
-    with unchanged(model), recomputed(blocks), torch.enable_grad():
-        model.train()
-        parameters = [parameter.requires_grad_() for parameter in watched.values()]
-        with folded_gates(model):
-            loss = F.cross_entropy(model(images), labels)
-            gradients = torch.autograd.grad(loss, parameters)
-    return {name: grad.flatten() for name, grad in zip(watched, gradients, strict=True)}
+    """Gradients (C,) of the cross-entropy by gamma or by the gates, by the layer's name."""
+    model = copy.deepcopy(model).train()  # train mode changes running statistics
+    names = [name for group in model.channel_groups() for name in getattr(group, kind)]
+    parameter = "weight" if kind == "norms" else "gate"
+    watched = [getattr(model.get_submodule(name), parameter).requires_grad_() for name in names]
+    for block in model.checkpoint_blocks() if recompute else []:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), folded_gates(model):
+        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), watched)
+    return {name: grad.flatten() for name, grad in zip(names, gradients, strict=True)}
 
 
 def _signals(
-    model: GatedModel,
-    group: ChannelGroup,
-    gradients: Mapping[str, Tensor],
-    generator: torch.Generator,
+    model: GatedModel, group: ChannelGroup, gradients: dict[str, Tensor], generator: torch.Generator
 ) -> GroupSignals:
+    def stack(tensors: list[Tensor]) -> Tensor | None:
+        return torch.stack(tensors).detach().cpu() if tensors else None
+
     norms = [model.get_submodule(name) for name in group.norms]
-    gamma = torch.stack([norm.weight.detach() for norm in norms]).cpu()
-
-    def gradients_of(names: tuple[str, ...]) -> Tensor | None:
-        found = [gradients[name] for name in names if name in gradients]
-        return torch.stack(found).cpu() if found else None
-
     filters = []
     for name in group.convs:
         weight = model.get_submodule(name).weight.detach()
         filters.append((weight if name in group.outputs else weight.transpose(0, 1)).flatten(1))
     return GroupSignals(
-        gamma=gamma,
-        beta=torch.stack([norm.bias.detach() for norm in norms]).cpu(),
+        gamma=stack([norm.weight for norm in norms]),
+        beta=stack([norm.bias for norm in norms]),
         filters=filters,
-        random=torch.rand(gamma.shape[1], generator=generator),
-        gamma_grad=gradients_of(group.norms),
-        gate_grad=gradients_of(group.gates),
+        random=torch.rand(norms[0].num_features, generator=generator),
+        gamma_grad=stack([gradients[name] for name in group.norms if name in gradients]),
+        gate_grad=stack([gradients[name] for name in group.gates if name in gradients]),
     )
-
-
-@contextmanager
-def recomputed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Inside this context, recompute the activations of these modules in the backward pass."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # makes the method of the class visible again
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a pass in train mode changes: buffers, modes, ``requires_grad``, random state."""
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    devices = {tensor.get_device() for tensor in model.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
-            for module, training in modes.items():
-                module.training = training
-            for parameter in frozen:
-                parameter.requires_grad_(False)

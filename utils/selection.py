@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from models import GatedModel
 from utils.cost import Cost, model_cost
 from utils.errors import InputError
-from utils.pruning import PruningPlan, Ranking, largest_plan, select_channels
+from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.surgery import prune
 
 
@@ -22,9 +23,9 @@ class Goal:
     """How much is to go.
 
     Attributes:
-        kind: ``p`` for a share of the gate entries to cut; ``macs`` or ``params`` for a share of
-            these that may stay at most.
-        value: that share.
+        kind: with ``p``, ``value`` is the share of the gate entries to cut; with ``macs`` or
+            ``params``, it is the largest share of these that may stay.
+        value: a share.
         min_channels, round_to, scope: see ``utils.pruning.Ranking``.
     """
 
@@ -35,7 +36,7 @@ class Goal:
     scope: str = "global"
 
     def at(self, share: float) -> Goal:
-        """The goal once a ``share`` of all that is to go is gone."""
+        """The goal of a round that is to reach only this ``share`` of the way to the goal."""
         if share == 1:
             return self
         value = self.value * share if self.kind == "p" else 1 - (1 - self.value) * share
@@ -43,9 +44,8 @@ class Goal:
 
     @property
     def limits(self) -> dict[str, int | str]:
-        """As ``Ranking`` takes them."""
-        names = ("min_channels", "round_to", "scope")
-        return {name: getattr(self, name) for name in names}
+        """Keyword arguments of ``Ranking``."""
+        return {name: getattr(self, name) for name in ("min_channels", "round_to", "scope")}
 
 
 def select(
@@ -58,14 +58,13 @@ def select(
     """The most salient channels of a network that meet a goal.
 
     Args:
-        model: the network that the saliency is of.
+        model: the network that was scored.
         saliency: scores (C,) by group name.
         goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
-        before: ``gate_entries``, ``macs`` and ``params`` of which the goal is a share: those of
-            the network before the first round.
+        before: ``gate_entries``, ``macs``, ``params`` before the first cut; the goal is a share.
 
-    Raises InputError where even the smallest plan costs more than the goal allows.
+    Raises InputError if even the smallest plan costs more than the goal allows.
     """
     groups = model.channel_groups()
     if goal.kind == "p":
@@ -76,49 +75,40 @@ def select(
 
 
 def planned_cost(model: GatedModel, plan: PruningPlan, image_size: int) -> Cost:
-    """What ``model`` would cost with ``plan`` cut; shapes only, the model stays as it is."""
+    """The cost of ``model`` after ``plan``. The model itself stays as it is."""
     return model_cost(prune(copy.deepcopy(model).to("meta"), plan), image_size)
 
 
 def select_within(
-    model: GatedModel,
-    ranking: Ranking,
-    image_size: int,
-    of: Literal["macs", "params"],
-    most: float,
+    model: GatedModel, ranking: Ranking, image_size: int, of: str, most: float
 ) -> PruningPlan:
-    """The largest plan of a ranking that costs at most so much.
+    """The largest plan of a ranking of ``model`` that costs at most ``most``.
 
-    Args:
-        model: the network that is ranked.
-        ranking: its channels.
-        image_size: side of the images in pixels, for the multiply-adds.
-        of: which cost.
-        most: how much, in multiply-adds or parameters.
+    ``of`` is the cost: "macs", for images of ``image_size`` pixels, or "params".
+    ``Ranking.cut_after`` does not apply, so that the cost comes close to ``most``.
 
-    Raises InputError, with the least that is possible, where every plan costs more than that.
+    Raises InputError, with the lowest possible cost, if every plan costs more.
     """
     shapes = copy.deepcopy(model).to("meta")
 
-    def cost(plan: PruningPlan) -> int:
-        return getattr(planned_cost(shapes, plan, image_size), of)
+    def cost(kept: int) -> int:
+        return getattr(planned_cost(shapes, ranking.plan(kept), image_size), of)
 
-    plan = largest_plan(ranking, lambda plan: cost(plan) <= most)
-    if plan is None:
-        raise InputError(f"at least {cost(ranking.plan(0))} {of} stay, more than {most:.0f}")
-    return plan
+    # The smallest number of entries that costs too much: the cost never falls as entries are added.
+    beyond = bisect.bisect_right(range(ranking.entries + 1), most, key=cost)
+    if beyond == 0:
+        raise InputError(f"at least {cost(0)} {of} stay, more than {most:.0f}")
+    return ranking.plan(beyond - 1)
 
 
 def check_goal(model: GatedModel, goal: Goal, image_size: int) -> None:
-    """Raise InputError where no plan can cost as little as the goal asks; no scores are needed."""
+    """Raise InputError if even the smallest plan costs more than the goal allows."""
     if goal.kind == "p":
         return
     equal = {name: torch.zeros(width) for name, width in model.group_widths().items()}
     smallest = Ranking(model.channel_groups(), equal, **goal.limits).plan(0)
-    least, whole = (
-        getattr(cost, goal.kind)
-        for cost in (planned_cost(model, smallest, image_size), model_cost(model, image_size))
-    )
+    least = getattr(planned_cost(model, smallest, image_size), goal.kind)
+    whole = getattr(model_cost(model, image_size), goal.kind)
     if least > goal.value * whole:
         raise InputError(
             f"--{goal.kind} {goal.value:g} of {whole}: at least {least} stay; ask for more of them,"

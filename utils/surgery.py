@@ -1,13 +1,8 @@
-"""Cut channels out of a network. Surgery only slices: the pruned network computes what the masked
-network computes.
+"""Cut channels out of a network. Surgery only slices: a pruned network and a masked one agree.
 
-``keep_outputs`` and ``keep_inputs`` do the work, by the type of the layer. For a new type of layer,
-register one or both.
+``keep_outputs`` and ``keep_inputs`` do the work. For a new type of layer, register one or both.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 from functools import singledispatch
 
 import torch
@@ -24,7 +19,7 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
 
     The result computes what the model computes under ``plan.apply_mask``, up to float rounding. The
     indices of the plan refer to the model as it is now, so a pruned network can be pruned again.
-    ``model.kept`` is updated. Channels that no layer reads any more go too (``live_channels``).
+    Channels that no layer reads any more go too (``live_channels``). Updates ``model.kept``.
 
     Raises ValueError if the plan does not fit; the model is unchanged then.
     """
@@ -37,9 +32,7 @@ def prune(model: GatedModel, plan: PruningPlan) -> GatedModel:
     return model
 
 
-def _cut(
-    model: GatedModel, outputs: Mapping[str, Sequence[int]], inputs: Mapping[str, Sequence[int]]
-) -> None:
+def _cut(model: GatedModel, outputs: dict[str, list[int]], inputs: dict[str, list[int]]) -> None:
     """Keep these outputs and these inputs, by layer name."""
     for name, keep in outputs.items():
         keep_outputs(model.get_submodule(name), torch.tensor(keep))
@@ -47,22 +40,11 @@ def _cut(
         keep_inputs(model.get_submodule(name), torch.tensor(keep))
 
 
-def split_plan(model: GatedModel, plan: PruningPlan) -> list[PruningPlan]:
-    """The part of ``plan`` that each of the network's ``pruning_stages`` cuts, in order.
-
-    ``model`` is the network before the first cut. Stages that cut nothing are left out.
-    """
-    shrinking = plan.shrinking(model.group_widths())
-    parts = [shrinking.only(stage) for stage in model.pruning_stages()]
-    return [part for part in parts if part.keep]
-
-
 @singledispatch
 def keep_outputs(layer: nn.Module, keep: Tensor) -> None:
     """Keep the output channels ``keep`` of a layer, in place. Its inputs stay.
 
-    ``keep`` (C,) holds sorted indices, on the CPU even if the layer is on another device: tensors
-    on the meta device have no values.
+    ``keep`` (C,) holds sorted indices. It is on the CPU, because the meta device has no values.
     """
     raise TypeError(f"surgery does not know how to cut the outputs of a {type(layer).__name__}")
 
@@ -76,13 +58,11 @@ def keep_inputs(layer: nn.Module, keep: Tensor) -> None:
 def _slice(layer: nn.Module, dim: int, keep: Tensor, *names: str) -> None:
     """Slice parameters and buffers of a layer along ``dim``. A missing bias stays missing."""
     for name in names:
-        tensor = getattr(layer, name)
-        if tensor is None:
-            continue
-        sliced = tensor.detach().index_select(dim, keep.to(tensor.device))
-        if name in layer._parameters:
-            sliced = nn.Parameter(sliced, tensor.requires_grad)
-        setattr(layer, name, sliced)
+        if (tensor := getattr(layer, name)) is not None:
+            sliced = tensor.detach().index_select(dim, keep.to(tensor.device))
+            if isinstance(tensor, nn.Parameter):
+                sliced = nn.Parameter(sliced, tensor.requires_grad)
+            setattr(layer, name, sliced)
 
 
 @keep_outputs.register
@@ -112,12 +92,6 @@ def _(norm: _BatchNorm, keep: Tensor) -> None:
 @keep_outputs.register
 def _(gate: Gate, keep: Tensor) -> None:
     _slice(gate, 1, keep, "gate")
-
-
-@keep_outputs.register
-def _(linear: nn.Linear, keep: Tensor) -> None:
-    _slice(linear, 0, keep, "weight", "bias")
-    linear.out_features = len(keep)
 
 
 @keep_inputs.register
