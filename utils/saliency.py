@@ -205,10 +205,13 @@ def _gradients(
     model: GatedModel, images: Tensor, labels: Tensor, kind: str, recompute: bool
 ) -> dict[str, Tensor]:
     """Gradients (C,) of the cross-entropy by gamma or by the gates, by the layer's name."""
-    model = copy.deepcopy(model).train()  # train mode changes running statistics
+    # A copy, as train mode changes running statistics; it shares the weights, to save memory.
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).train()
     names = [name for group in model.channel_groups() for name in getattr(group, kind)]
-    parameter = "weight" if kind == "norms" else "gate"
-    watched = [getattr(model.get_submodule(name), parameter).requires_grad_() for name in names]
+    parameter, watched = "weight" if kind == "norms" else "gate", []
+    for layer in map(model.get_submodule, names):
+        watched.append(nn.Parameter(getattr(layer, parameter).detach()))
+        setattr(layer, parameter, watched[-1])
     for block in model.checkpoint_blocks() if recompute else []:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     devices = [images.device] if images.is_cuda else []
