@@ -145,7 +145,7 @@ class Ranking:
         self.entries = len(self._order)
 
     def cut_after(self, kept: int) -> int:
-        """The published rule: keep more, until the first entry to go is of a group with one gate."""
+        """The published rule: keep more until the first entry to go is of a group with one gate."""
         coupled = torch.tensor([len(group.gates) > 1 for group in self._owners])
         coupled = coupled.repeat_interleave(torch.tensor(self._sizes))[self._order]
         while kept < self.entries and coupled[kept]:
