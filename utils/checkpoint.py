@@ -50,9 +50,9 @@ class Checkpoint:
 def save_checkpoint(
     path: str | Path, model: GatedModel, *, previous: str | Path | None = None, **meta: Any
 ) -> None:
-    """Write a checkpoint of ``model``, without a wrapper, with ``meta``: plain values and tensors.
+    """Write an unwrapped ``model``, and ``meta``: plain values and tensors.
 
-    An old file at ``path`` is replaced as a whole; with ``previous``, it is kept there.
+    The file is replaced as a whole. With ``previous``, the old file is kept under that name.
     """
     network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

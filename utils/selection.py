@@ -62,7 +62,7 @@ def select(
         saliency: scores (C,) by group name.
         goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
-        before: ``gate_entries``, ``macs``, ``params`` before the first cut; the goal is a share.
+        before: ``gate_entries``, ``macs``, ``params`` before any cut; the goal is a share of them.
 
     Raises InputError if even the smallest plan costs more than the goal allows.
     """
