@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch_pruning
-from helpers import random_batch, random_model, relative_difference, settle
+from helpers import COMMON, random_batch, random_model, relative_difference, settle
 
+import gfbs_cifar
+from experiments import torch_pruning_taylor
 from experiments.torch_pruning_taylor import dependency_graph, torch_pruning_saliency
 from models.gate import folded_gates
 from utils.cli import settings
@@ -201,3 +203,11 @@ def test_torch_pruning_cuts_the_same_network_by_its_own_importance(net):
         assert name.endswith(".gate") or torch.equal(tensor, others[name]), name
     with torch.no_grad(), folded_gates(theirs):
         assert relative_difference(ours(images), theirs(images)) == 0
+
+
+def test_the_script_prunes_by_torch_prunings_importance(trained, monkeypatch):
+    monkeypatch.setattr(gfbs_cifar, "channel_saliency", gfbs_cifar.channel_saliency)  # put back
+    argv = [*COMMON, "--epochs", "0", "--bs", "8", "--macs", "0.6"]
+    made = torch_pruning_taylor.main(torch_pruning_taylor.parse_args(argv))
+    macs = made["cost"]["macs"]
+    assert made["criterion"] == "torch-pruning taylor" and macs["after"] <= 0.6 * macs["before"]

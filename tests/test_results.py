@@ -27,11 +27,7 @@ WIDTHS = {"gate1": 16, "layer1.0.gate1": 16, "layer2.0.gate2": 32}
 
 
 def make_result(folder, *, seed=1, criterion="gfbs", p=0.5, method="one shot", **changes):
-    """Write a result.json as a pruning script does, and return its content.
-
-    ``config``, ``baseline`` and ``accuracy`` are merged into the run's configuration, its
-    baseline's, and the accuracies; other changes replace what is at the top.
-    """
+    """Write a result.json; ``config``, ``baseline`` and ``accuracy`` add to the usual ones."""
     draw = random.Random(f"{seed} {criterion} {p} {method} {changes}")
     smaller = (1 - p) * draw.uniform(0.9, 1)
     config = {"net": "gateresnet20", "dataset": "cifar10", "criterion": criterion, "p": p,
@@ -126,15 +122,16 @@ def test_csv_has_a_row_per_run_with_all_that_was_measured(tmp_path):
     assert row.keys() >= {*WHAT, *OUTCOME, *CIRCUMSTANCES}
     for name, value in made["accuracy"].items():
         assert float(row[name if name == "best_epoch" else f"top1_{name}"]) == value
-    for of in ("macs", "params"):
-        for when, size in made["cost"][of].items():
-            assert int(row[f"{of}_{when}"]) == size
-    assert (row["asked_of"], row["asked"], row["seed"], row["score_seed"]) == ("p", "0.5", "1", "")
-    assert (row["torch"], row["commit"], row["threads"]) == ("2.0", "abc1234", "")
-    assert (row["amp"], row["baseline"], row["baseline_epochs"]) == ("bf16", "digest1", "10")
-    assert (row["images_per_second"], row["top5_last"]) == ("150", "99.5")
-    kept = dict(part.split(":") for part in row["channels"].split())
-    assert kept == {n: f"{w['after']}/{w['before']}" for n, w in made["channels"].items()}
+    expected = {
+        **{f"{of}_{when}": str(size) for of, cost in made["cost"].items()
+           for when, size in cost.items()},
+        "asked_of": "p", "asked": "0.5", "seed": "1", "score_seed": "", "torch": "2.0",
+        "commit": "abc1234", "threads": "", "amp": "bf16", "baseline": "digest1",
+        "baseline_epochs": "10", "images_per_second": "150", "top5_last": "99.5",
+        "channels": " ".join(f"{name}:{width['after']}/{width['before']}"
+                             for name, width in made["channels"].items()),
+    }  # fmt: skip
+    assert expected.items() <= row.items()
 
 
 def test_rows_are_kept_and_the_same_run_is_replaced(tmp_path):
@@ -172,27 +169,21 @@ def test_only_seeds_are_averaged_and_the_rest_is_told(show):
         assert words in same and words not in text[text.index("|") :]
 
 
-@pytest.mark.parametrize(
-    "flag, values, experiments",  # None: a configuration that lacks the flag
-    [
-        ("w_beta", [0.05, None], 1),  # its default
-        ("w_beta", [0, None], 2),
-        ("recalibrate", [0, None, 0.0], 1),  # its default is 0
-        ("weight_decay", [0, None], 2),  # its default is none
-        ("cosine", [False, None], 1),
-        ("cosine", [False, True], 2),
-        ("lr", [0.1, 0.10, 0.2], 2),
-    ],
-)
+@pytest.mark.parametrize("flag, values, experiments", [
+    ("w_beta", [0.05, None], 1), ("w_beta", [0, None], 2),  # its default is 0.05
+    ("recalibrate", [0, None, 0.0], 1), ("weight_decay", [0, None], 2),  # 0, and none
+    ("cosine", [False, None], 1), ("cosine", [False, True], 2), ("lr", [0.1, 0.10, 0.2], 2),
+])  # fmt: skip
 def test_a_value_equals_itself_and_a_missing_one_the_default(tmp_path, flag, values, experiments):
+    """None stands for a configuration without the flag."""
     for seed, value in enumerate(values):
         result = make_result(tmp_path / f"{seed}", seed=seed, config={flag: value})
         if value is None:
             del result["config"][flag]
             write(tmp_path / f"{seed}", result)
     tool(tmp_path, csv=tmp_path / "t.csv")
-    for source in (trials(tmp_path), trials(tmp_path / "t.csv")):
-        assert len(results.make_rows(source)[0]) == experiments
+    for source in (tmp_path, tmp_path / "t.csv"):
+        assert len(results.make_rows(trials(source))[0]) == experiments
 
 
 def test_baselines_that_do_not_tell_how_they_were_trained_are_told_apart_by_weights(tmp_path):
@@ -367,46 +358,36 @@ def test_the_plot_is_a_file_of_its_kind_and_needs_matplotlib(tmp_path, monkeypat
     assert not (tmp_path / "table.csv").exists()
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda r: "not JSON", "no result of a pruning script"),
-        (lambda r: {}, "no result of a pruning script (KeyError('net'))"),
-        (lambda r: {**r, "config": None}, "no result of a pruning script"),
-        (lambda r: {**r, "channels": [1]}, "no result of a pruning script"),
-        (lambda r: {**r, "config": {**r["config"], "macs": 0.5}}, "no result of a pruning script"),
-        (lambda r: {**r, "accuracy": {"last": float("nan")}}, "'nan', where a number"),
-        (lambda r: {**r, "accuracy": {"last": "high"}}, "'high', where a number"),
-        (lambda r: {**r, "cost": {"macs": {"before": 0, "after": 0}}}, "macs_before is '0'"),
-    ],
-)
+NO_RESULT = "no result of a pruning script .*; remove it, or run the script again with --overwrite"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: "not JSON", NO_RESULT), (lambda r: {}, NO_RESULT),
+    (lambda r: {**r, "config": None}, NO_RESULT), (lambda r: {**r, "channels": [1]}, NO_RESULT),
+    (lambda r: {**r, "config": {**r["config"], "macs": 0.5}}, NO_RESULT),
+    (lambda r: {**r, "accuracy": {"last": float("nan")}}, "'nan', where a number"),
+    (lambda r: {**r, "accuracy": {"last": "high"}}, "'high', where a number"),
+    (lambda r: {**r, "cost": {"macs": {"before": 0, "after": 0}}}, "macs_before is '0'"),
+])  # fmt: skip
 def test_a_result_that_is_none_of_ours_is_named(tmp_path, change, message):
     write(tmp_path / "a", change(make_result(tmp_path / "a")))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^{tmp_path}/a/result.json: .*{message}"):
         tool(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / 'a' / 'result.json'}: ")
-    assert message in str(error.value)
-    if "no result" in message:
-        assert "remove it, or run the script again with --overwrite" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda text: text.replace("criterion", "network"), "no column criterion"),
-        (lambda text: text + "short,row\n", "row 3: not as many cells as columns"),
-        (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
-        (lambda text: text.encode("utf-16").decode("latin-1"), "t.csv: "),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace("criterion", "network"), "no column criterion"),
+    (lambda text: text + "short,row\n", "row 3: not as many cells as columns"),
+    (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
+    (lambda text: text.encode("utf-16").decode("latin-1"), ""),
+])  # fmt: skip
 def test_a_table_that_is_none_of_ours_is_named(tmp_path, change, message):
     make_result(tmp_path)
     path = tmp_path / "t.csv"
     tool(tmp_path, csv=path)
     path.write_text(change(path.read_text()), encoding="latin-1")
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=f"^{path}.*{message}"):
         tool(path)
-    assert str(error.value).startswith(str(path))
 
 
 def test_a_result_of_an_earlier_version_leaves_cells_empty(tmp_path, capsys):
@@ -454,8 +435,8 @@ def test_what_the_scripts_write(trained, capsys):
     for name in ("baseline", "after_surgery", "recalibrated", "last", "best"):
         assert float(row[f"top1_{name}"]) == made["accuracy"][name]
     assert row["baseline_epochs"] == "2" and row["baseline_seed"] == "1" and row["seed"] == "3"
-    assert row["torch"] == made["versions"]["torch"]
-    assert (made["versions"]["commit"] or "") == row["commit"]
+    for name in ("torch", "commit"):
+        assert row[name] == (made["versions"][name] or "")
     if (ROOT / ".git").exists() and shutil.which("git"):
         head = ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "HEAD"]
         assert subprocess.check_output(head, text=True).startswith(row["commit"] or "none")
