@@ -1,14 +1,14 @@
-"""How a script stops before its end: bad input, trouble on the way, or a signal."""
+"""Why a script stops before its end: bad input, a run that cannot go on, or a signal."""
 
 
 class InputError(ValueError):
     """Bad input: a flag, a file or a folder. One line says what is wrong, where, and what to do.
 
-    Scripts print it and leave with exit code 2; see ``utils.cli.run_script``.
+    Scripts print it and leave with exit code 2; see ``utils.cli.parser.run_script``.
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # what torch or Pillow said may have many lines
+        return " ".join(super().__str__().split())  # torch and Pillow write several lines
 
 
 class RunError(RuntimeError):
@@ -21,10 +21,10 @@ class RunError(RuntimeError):
 class Interrupted(BaseException):
     """A signal asked the script to stop. Exit code 128 + its number.
 
-    Like KeyboardInterrupt, it is nobody's to catch on the way.
+    Like KeyboardInterrupt, it is no Exception, so that ``except Exception`` does not catch it.
     """
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or "stopped by a signal")
         self.signum = signum
-        self.resume_with = ""  # a command line, where there is something to continue
+        self.resume_with = ""  # a command line, if there is a run to continue

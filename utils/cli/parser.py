@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     """Answers bad input with one line and exit code 2; takes flags with ``-`` or with ``_``."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+        layout = partial(_HelpFormatter, max_help_position=30)
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -47,9 +48,6 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default value to the help of every flag that has one."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -109,10 +107,10 @@ def program() -> list[str]:
 
 
 def python() -> str:
-    """The command that starts this Python; "python" only where that means the same one."""
-    near = os.path.relpath(sys.executable)
+    """The command that starts this Python: "python" if the PATH leads to it, else its path."""
     if shutil.which("python") == sys.executable:
         return "python"
+    near = os.path.relpath(sys.executable)
     return sys.executable if near.startswith(os.pardir) else near
 
 
@@ -123,6 +121,7 @@ def _say(code: int, line: str) -> int:
 
 
 def _parse(read: Callable[[str], Any], wanted: str, text: str) -> Any:
+    """What ``read`` makes of the text; its ValueError becomes a line with what is ``wanted``."""
     try:
         return read(text)
     except ValueError:
