@@ -118,26 +118,25 @@ def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Prun
     model, record, runtime = state.model, state.record, run.runtime
     this, widths = asked.rounds[state.round], model.group_widths()
 
-    if state.training is None:  # else the round is resumed, and its cut is done
-        runtime.undo_sync_bn(model)  # rank 0 scores alone
+    if state.training is None:  # otherwise this round is resumed, and its cut is done
+        runtime.undo_sync_bn(model)  # for rank 0, which scores alone: all ranks must cut the same
         if this.scores:
-            # 1. Score: how much does the loss depend on each channel? Scores (C,) by group.
-            # Rank 0 scores and selects for all ranks: they must cut the same channels.
+            # 1. Score every channel on one batch: gfbs reads gamma, dL/dgamma and beta of its norm.
             saliency = runtime.on_main(lambda: score(run, state, data, asked.scoring))
 
-            # 2. Select: the plan keeps the most salient channels that meet the goal so far.
+            # 2. Select: the plan keeps the most salient channels that meet this round's goal.
             goal, size = asked.goal.at(this.share), data.about.image_size
             plan = runtime.on_main(lambda: select(model, saliency, goal, size, record.size_before))
             state.plan = state.plan.then(plan)
             run.save_plan(state.plan)
 
             # 3. Cut: slice the other channels out of every layer that makes or reads them.
-            # A round of --smooth cuts only a part, so the whole plan is measured on a copy.
+            # With --smooth, only measure that cut, on a copy: each round cuts its own part below.
             pruned = prune(copy.deepcopy(model) if this.groups else model, plan)
             measure_cut(run, state, pruned, plan, data, asked.recalibrate)
         if this.groups:
             if not record.shrunk & set(this.groups):
-                return  # the plan keeps this part whole: there is nothing to cut or to repair
+                return  # the plan keeps this part whole, so there is no damage to repair
             prune(model, state.plan.only(this.groups))
             recalibrate(model, data.train, asked.recalibrate)
         if this.fresh:  # --from_scratch: keep the shape, forget the weights
@@ -147,11 +146,11 @@ def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Prun
             what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
             run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
 
-    # 4. Fine-tune: the training loop knows nothing of pruning.
+    # 4. Fine-tune. The callback logs epochs and saves checkpoints; fit knows nothing of pruning.
     callback = RunCallback(run, state, data, asked.rounds)
     if state.training is not None:
         restore_files(run, state, callback)
-    with run.signals.deferred():  # a signal waits for the end of the batch, which is then saved
+    with run.signals.deferred():  # a signal stops after the batch, and the state is saved
         fit(
             model, data.train, data.choosing, this.recipe, runtime,
             callback=callback, resume=state.training, first_epoch=state.epochs_before,

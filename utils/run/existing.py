@@ -59,7 +59,9 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
     changed = differences(earlier, config) or differences(earlier, {**config, **identity()})
     if changed:
         raise InputError(f"{folder} holds a run of another configuration ({changed}); {keep}")
-    missing = _missing_files(folder, result) if result else []
+    written = ["plan.json", "pruned.pth"] if result and "ratio" in result else []
+    written += ["last.pth", "model_best.pth"] if result and result.get("history") else []
+    missing = [name for name in written if not is_whole(folder / name)]
     if result and not missing:
         print(f"done already; --overwrite runs it again; results in {folder}")
         return result
@@ -77,13 +79,6 @@ def _read_dict(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _missing_files(folder: Path, result: Mapping[str, Any]) -> list[str]:
-    """The files that a run with this result wrote and that are missing or cut off now."""
-    names = ["plan.json", "pruned.pth"] if "ratio" in result else []
-    names += ["last.pth", "model_best.pth"] if result.get("history") else []
-    return [name for name in names if not is_whole(folder / name)]
 
 
 def is_whole(path: Path) -> bool:

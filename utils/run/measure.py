@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch.optim.swa_utils import update_bn
 
@@ -15,13 +13,11 @@ from utils.data.batches import Batches, Data
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.run.folder import RunFolder
-from utils.run.record import KINDS, Measurement
+from utils.run.record import KINDS, Json, Measurement
 from utils.run.state import RunState
 
 
-def measure_baseline(
-    run: RunFolder, state: RunState, data: Data, made_by: Mapping[str, Any] | None
-) -> None:
+def measure_baseline(run: RunFolder, state: RunState, data: Data, made_by: Json | None) -> None:
     """Evaluate the network before any cut.
 
     ``made_by`` is the configuration of the run that made it, if its file holds one.
@@ -46,8 +42,7 @@ def measure_cut(
 ) -> None:
     """Evaluate a network right after surgery, and save it as pruned.pth.
 
-    With a ``count`` of batches to recalibrate on, estimate its running statistics anew and evaluate
-    it once more.
+    If ``count`` is not 0, recalibrate it on so many batches, and evaluate it once more.
     """
     after, recalibrated = Measurement.of(pruned, data, run.runtime), None
     run.log(f"after surgery: {after}")

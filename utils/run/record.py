@@ -79,11 +79,11 @@ class Record:
         names = [f.name for f in fields(cls) if f.name in content or f.name in needed]
         return cls(**{name: content[name] for name in names})
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """Without the fields that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def begin_pruning(self, before: Measurement, baseline: Mapping[str, Any] | None) -> None:
+    def begin_pruning(self, before: Measurement, baseline: Json | None) -> None:
         """Note the network before any cut, and the configuration of the run that made it."""
         self.baseline = {"config": baseline and dict(baseline)}
         self._note_accuracy("baseline", before.metrics)

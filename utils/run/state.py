@@ -14,7 +14,7 @@ from models import GatedModel
 from utils.checkpoint import Checkpoint
 from utils.distributed import Runtime
 from utils.pruning import PruningPlan
-from utils.run.record import Record
+from utils.run.record import Json, Record
 
 
 @dataclass
@@ -35,9 +35,7 @@ class RunState:
         """Epochs of earlier rounds."""
         return sum(epoch["round"] <= self.round for epoch in self.record.history)
 
-    def to_save(
-        self, training: Mapping[str, Any], runtime: Runtime, seconds: float
-    ) -> dict[str, Any]:
+    def to_save(self, training: Mapping[str, Any], runtime: Runtime, seconds: float) -> Json:
         """What last.pth holds besides the weights; ``training`` is the present state of ``fit``."""
         return {
             **training, "round": self.round, "plan": self.plan.keep,
