@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from utils.distributed import Runtime
 from utils.errors import InputError
 
-SCORING = 2**32 - 1  # in the place of an epoch, in the key of a random stream
+SCORING = 2**32 - 1  # stands for the epoch in the key of a random stream
 Sized = TypeVar("Sized", bound=Sequence)
-
-
-class Batches(Protocol):
-    """(normalised images, labels) on the device, epoch after epoch.
-
-    Shapes: (B, 3, S, S) float32 and (B,) int64. Order and augmentation are pure functions of the
-    seed, the epoch and the image, so that a run can be continued anywhere.
-
-    Attributes:
-        images: how many there are.
-    """
-
-    images: int
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose order and augmentation of an epoch, and begin it with a later batch."""
-
-    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and labels at these places, with this epoch's augmentation."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -61,49 +40,98 @@ class Normalisation:
 
 
 def _floats(images: Tensor) -> Tensor:
-    """A copy as float32.
-
-    On the CPU in numpy's memory, which asks the system for huge pages: page faults would take more
-    than half of the time that it takes to normalise a batch of large images.
-    """
+    """A copy as float32."""
+    # numpy asks the system for huge pages. With torch's memory, page faults take more than half of
+    # the time that the CPU needs to normalise a batch of large images.
     if images.device.type != "cpu":
         return images.float()
     return torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
 
 
-@cache  # to send them with every batch would wait for the device
+@cache  # sending them with every batch would wait for the device
 def _of_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A value per channel, for pixels in [0, 255]."""
     return torch.tensor(values, device=device).view(3, 1, 1) * 255
 
 
+@dataclass(eq=False)
+class Batches(ABC):
+    """(normalised images, labels) on a device, epoch after epoch.
+
+    Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
+    seed, the epoch and the image, so that a run can continue at any batch.
+
+    Attributes:
+        images: how many there are.
+        batch_size: images in a batch of all ranks together; the last batch may be smaller.
+        normalisation: applied on the device.
+        runtime: the device of the batches, and the rank that they are for.
+        augment: training order and augmentation; without it, file order and plain images.
+        seed: of the random streams.
+        limit: at most this many batches an epoch.
+    """
+
+    images: int
+    batch_size: int
+    normalisation: Normalisation
+    runtime: Runtime
+    augment: bool
+    seed: int
+    limit: int | None
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
+        """Draw the order of an epoch, to begin with a later batch; returns its random stream."""
+        self.epoch, self.first_batch = epoch, first_batch
+        stream = random_stream(self.seed, epoch)
+        n = self.images
+        self.order = torch.randperm(n, generator=stream) if self.augment else torch.arange(n)
+        return stream
+
+    @abstractmethod
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels at these places, with this epoch's augmentation."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int:
+        return len(self._shares())
+
+    def _shares(self) -> list[Tensor]:
+        """This rank's indices in this epoch, batch by batch."""
+        shares = split_batches(
+            self.order, self.batch_size, training=self.augment, limit=self.limit,
+            rank=self.runtime.rank, ranks=self.runtime.world_size,
+        )  # fmt: skip
+        return shares[self.first_batch :]
+
+
 def choose_normalisation(
     typed: Normalisation | None, meta: Mapping[str, Any], usual: Normalisation
 ) -> tuple[Normalisation, str]:
-    """The constants to use, and a line for the log that says which they are and whence.
+    """The constants to use, and a line for the log that names them and their source.
 
-    Typed constants win; next is what the checkpoint with this metadata says; else the usual ones.
+    Typed constants win, then those in the checkpoint's metadata, then the usual ones.
     """
-    said = meta.get("normalisation")
-    chosen, whence = usual, "the usual ones of this data"
+    chosen, source = usual, "the usual ones of this data"
     if typed:
-        chosen, whence = typed, "--mean and --std"
-    elif said:
+        chosen, source = typed, "--mean and --std"
+    elif said := meta.get("normalisation"):
         chosen = Normalisation(tuple(said["mean"]), tuple(said["std"]))
-        whence = "as the checkpoint says"
-    return chosen, f"pixels are normalised with {chosen} ({whence})"
+        source = "as the checkpoint says"
+    return chosen, f"pixels are normalised with {chosen} ({source})"
 
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of the data that its network was made for.
+    """What a checkpoint says about the data of its network.
 
     Attributes:
         dataset: ``cifar10``, ``folder``, ``imagenet``, ...
-        classes: names in label order; empty where nobody knows them.
+        classes: names in label order; empty if unknown.
         image_size: side in pixels.
         normalisation: of the pixels.
-        resize: shorter side to which images are resized for evaluation, before the crop.
+        resize: evaluation resizes the shorter side to this before it crops.
         source: where the unpruned weights come from.
     """
 
@@ -115,10 +143,10 @@ class About:
     source: str | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """As a checkpoint holds it; what is not known is left out."""
+        """The entries of a checkpoint; what is unknown is left out."""
         said = {**vars(self), "classes": list(self.classes)}
         said["normalisation"] = self.normalisation.as_dict()
-        return {name: value for name, value in said.items() if value or name == "image_size"}
+        return {name: value for name, value in said.items() if value}
 
 
 @dataclass(frozen=True)
@@ -127,8 +155,8 @@ class Data:
 
     Attributes:
         train, test: training images with augmentation, test images without.
-        holdout: images kept out of training, which choose the best epoch; None without any.
-        about: the data in words.
+        holdout: images that are not trained on but choose the best epoch; None without any.
+        about: what checkpoints say about the data.
     """
 
     train: Batches
@@ -147,10 +175,9 @@ class Data:
 
 
 def random_stream(*key: int) -> torch.Generator:
-    """A random generator on the CPU that is a pure function of its key, e.g. (seed, epoch)."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
+    """A random generator on the CPU that depends only on its key, e.g. (seed, epoch)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
 
 
 def split_batches(
@@ -158,9 +185,9 @@ def split_batches(
 ) -> list[Tensor]:
     """A rank's share of every batch of an epoch: image indices, in the given order.
 
-    ``batch_size`` counts the images of all ranks together. In training all ranks have equally many
-    images of a batch, and at least two (BatchNorm needs two); the few images that remain at the end
-    of an epoch are left out.
+    ``batch_size`` counts the images of all ranks together. In training, every rank has equally many
+    images of a batch, at least two because of BatchNorm; left-over images at the end of an epoch
+    are dropped.
     """
     batches = list(order.split(batch_size))[:limit]
     if training:
@@ -173,9 +200,9 @@ def split_batches(
 
 
 def hold_out(images: Sized, count: int) -> tuple[Sized, Sized | None]:
-    """Training images without the last ``count``, and these; None for no images.
+    """Training images without the last ``count``, and the last ``count``, or None if that is 0.
 
-    Raises InputError where nothing would be left to train on.
+    Raises InputError where fewer than two images are left to train on.
     """
     rest = len(images) - count
     if rest < 2:
@@ -186,8 +213,8 @@ def hold_out(images: Sized, count: int) -> tuple[Sized, Sized | None]:
 def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
     """Which of n training images score the channels.
 
-    Without a seed, the first ``count`` of the last tenth, in file order; where the last tenth is
-    smaller, the last ``count`` images. With a seed, ``count`` images at random.
+    With a seed, ``count`` images at random. Without one, the first ``count`` of the last tenth, in
+    file order; where the last tenth is smaller, the last ``count`` images.
     """
     if seed is not None:
         return torch.randperm(n, generator=random_stream(seed, SCORING))[:count]
@@ -198,7 +225,7 @@ def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
 def scoring_batch(train: Batches, count: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """Images (B, 3, S, S) and labels (B,) of ``scoring_indices``, with the training augmentation.
 
-    The augmentation is that of the first epoch, whatever has been trained before.
+    The augmentation is always that of the first epoch.
     """
     train.set_epoch(0)
     return train.pick(scoring_indices(train.images, count, seed))

@@ -9,7 +9,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +22,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from utils.data.batches import (
-    About,
-    Data,
-    Normalisation,
-    hold_out,
-    random_stream,
-    split_batches,
-)
+from utils.data.batches import About, Batches, Data, Normalisation, hold_out, random_stream
 from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
@@ -41,8 +34,8 @@ IMAGENET_NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.2
 class Crops:
     """How images become squares of ``size`` pixels.
 
-    For training, a random area is resized and flipped; for evaluation the shorter side is resized
-    to ``resize`` and the centre is cut out.
+    Training resizes a random area and flips it at random. Evaluation resizes the shorter side to
+    ``resize`` and cuts out the centre.
     """
 
     size: int = 224
@@ -50,10 +43,9 @@ class Crops:
 
     @classmethod
     def for_baseline(cls, size: int, meta: Mapping[str, Any]) -> Crops:
-        """What a checkpoint was evaluated with, or in the usual proportion, 256 for 224."""
-        if meta.get("image_size") == size and isinstance(meta.get("resize"), int):
-            return cls(size, meta["resize"])
-        return cls(size, round(size * 256 / 224))
+        """As its checkpoint was evaluated; otherwise in the usual proportion, 256 for 224."""
+        known = meta.get("resize") if meta.get("image_size") == size else None
+        return cls(size, known or round(size * 256 / 224))
 
     def training(self) -> Callable[[Image.Image], Tensor]:
         return partial(_random_crop, size=self.size)
@@ -65,10 +57,10 @@ class Crops:
 
 
 def _random_crop(image: Image.Image, size: int) -> Tensor:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip, to the pixel.
+    """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
-    Tensors are resized faster than PIL images, but making one is a copy of all its pixels: only
-    what is cut out becomes one.
+    Tensors are resized faster than PIL images, but conversion copies every pixel. So the image is
+    cropped first.
     """
     top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
     area = image.crop((left, top, left + width, top + height))
@@ -79,8 +71,8 @@ def _random_crop(image: Image.Image, size: int) -> Tensor:
 class FolderImages(Dataset):
     """Images as uint8 (3, S, S) and labels, by (epoch, index).
 
-    With ``augment`` the transform's randomness is a pure function of (seed, epoch, index), whatever
-    the number of workers.
+    With ``augment``, the transform's randomness depends only on (seed, epoch, index), not on the
+    number of workers.
     """
 
     def __init__(self, samples: ImageSamples, transform: Callable, augment: bool, seed: int):
@@ -98,19 +90,13 @@ class FolderImages(Dataset):
             return self.transform(image), label
 
 
-class FolderBatches:
-    """Batches (``utils.data.batches.Batches``) of images that are read from their files.
+class FolderBatches(Batches):
+    """Batches of images that are read from their files.
 
-    Args:
+    Args (the others are attributes of ``Batches``):
         samples: (path, label) of every image.
-        batch_size: images in a batch of all ranks together; the last may be smaller.
         crops: size of the images.
-        runtime: where batches go, and for which rank.
-        workers: processes that read and augment; 0 to do so in this one.
-        augment: training order and augmentation, or file order and the centre of the image.
-        seed: of the random streams.
-        limit: at most this many batches an epoch.
-        normalisation: applied on the device.
+        workers: processes that read and augment; with 0, this process does.
     """
 
     def __init__(
@@ -126,11 +112,9 @@ class FolderBatches:
         limit: int | None = None,
         normalisation: Normalisation = IMAGENET_NORMALISATION,
     ):
+        super().__init__(len(samples), batch_size, normalisation, runtime, augment, seed, limit)
         transform = crops.training() if augment else crops.evaluation()
-        self.dataset = FolderImages(samples, transform, augment, seed)
-        self.images, self.batch_size = len(samples), batch_size
-        self.runtime, self.workers, self.limit = runtime, workers, limit
-        self.normalisation = normalisation
+        self.dataset, self.workers = FolderImages(samples, transform, augment, seed), workers
         self.set_epoch(0)
         self.loader = self._loader(_Keys(self), persistent=True)
 
@@ -142,7 +126,7 @@ class FolderBatches:
 
     def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
         ignore_warnings_of_pillow()
-        # More workers than cores is for whoever sets --workers to judge.
+        # --workers may exceed the number of cores.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return DataLoader(
             self.dataset,
@@ -152,27 +136,8 @@ class FolderBatches:
             prefetch_factor=4 if self.workers else None,
             persistent_workers=persistent and self.workers > 0,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # so that it leaves the global random state alone
+            generator=torch.Generator(),  # leaves the global random state alone
         )
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the order and the augmentation of an epoch, and begin it with a later batch."""
-        self.epoch, self.first_batch = epoch, first_batch
-
-    def shares(self) -> list[Tensor]:
-        """This rank's indices, batch by batch, in this epoch."""
-        order = torch.arange(self.images)
-        if self.dataset.augment:
-            stream = random_stream(self.dataset.seed, self.epoch)
-            order = torch.randperm(self.images, generator=stream)
-        shares = split_batches(
-            order, self.batch_size, training=self.dataset.augment, limit=self.limit,
-            rank=self.runtime.rank, ranks=self.runtime.world_size,
-        )  # fmt: skip
-        return shares[self.first_batch :]
-
-    def __len__(self) -> int:
-        return len(self.shares())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._on_device(self.loader)
@@ -188,42 +153,35 @@ class FolderBatches:
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        keys = [[(self.epoch, index) for index in part] for part in _parts(indices)]
+        keys = [_keys(self.epoch, part) for part in indices.split(32)]  # work for every worker
         images, labels = zip(*self._on_device(self._loader(keys)), strict=True)
         return torch.cat(images), torch.cat(labels)
 
 
-def _start_worker(worker: int) -> None:
-    """Leave the group: Ctrl-C and schedulers signal all of it, and what becomes of it is the main
-    process's to say.
-
-    That ends its workers itself, and they end by themselves where it is gone.
-    """
-    ignore_warnings_of_pillow()  # a worker that is not a fork has its own filters
-    if not hasattr(os, "setpgid"):
-        return
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _keys(epoch: int, indices: Tensor) -> list[tuple[int, int]]:
+    return [(epoch, index) for index in indices.tolist()]
 
 
 class _Keys:
-    """A batch sampler of (epoch, index): the workers cannot know the epoch otherwise."""
+    """A batch sampler of (epoch, index), because persistent workers do not hear of a new epoch."""
 
     def __init__(self, batches: FolderBatches):
         self.batches = batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.batches.epoch
-        return ([(epoch, index) for index in share.tolist()] for share in self.batches.shares())
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return (_keys(self.batches.epoch, share) for share in self.batches._shares())
 
 
-def _parts(indices: Tensor, size: int = 32) -> list[list[int]]:
-    """Small portions, so that every worker has something to do."""
-    return [part.tolist() for part in indices.split(size)]
+def _start_worker(worker: int) -> None:
+    """Leave the process group, because Ctrl-C and schedulers signal all of it.
+
+    Only the main process reacts to signals. It ends its workers, and they end if it is gone.
+    """
+    ignore_warnings_of_pillow()  # a worker that is not a fork has its own filters
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -243,20 +201,16 @@ def folder_batches(
     """The batches of a run; worker processes end with the block."""
     trained, held = hold_out(train, holdout)
     crops = Crops(about.image_size, about.resize)
+    with ExitStack() as stack:
 
-    def batches(images: ImageSamples | None, limit: int | None) -> FolderBatches | None:
-        if not images:
-            return None
-        augment = images is trained
-        return FolderBatches(
-            images, batch_size, crops, runtime, workers=workers, augment=augment, seed=seed,
-            limit=limit, normalisation=about.normalisation,
+        def batches(images: ImageSamples, limit: int | None, augment: bool) -> FolderBatches:
+            made = FolderBatches(
+                images, batch_size, crops, runtime, workers=workers, augment=augment, seed=seed,
+                limit=limit, normalisation=about.normalisation,
+            )  # fmt: skip
+            return stack.enter_context(closing(made))
+
+        yield Data(
+            batches(trained, limit_train, True), batches(val, limit_test, False),
+            batches(held, limit_test, False) if held else None, about,
         )  # fmt: skip
-
-    parts = ((trained, limit_train), (val, limit_test), (held, limit_test))
-    made = [batches(*part) for part in parts]
-    try:
-        yield Data(*made, about)
-    finally:
-        for part in filter(None, made):
-            part.close()

@@ -1,4 +1,4 @@
-"""Images in class folders: which there are, what they are called, and what is in them."""
+"""Images in class folders: their names, their classes and their pixels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import InputError
 
-TEST_FOLDERS = ("test", "val")  # either will do
 ImageSamples = list[tuple[str, int]]  # (path, label)
 
 
 @contextmanager
 def readable(place: Path) -> Iterator[None]:
-    """Turn an OSError, such as a missing permission, into a line that names the folder."""
+    """Turn an OSError, such as a missing permission, into an InputError that names the place."""
     try:
         yield
     except OSError as error:
@@ -36,10 +35,10 @@ def list_folders(
 ) -> tuple[ImageSamples, ImageSamples, list[str]]:
     """Training and test images of ``root/train`` and ``root/<test name>``, and their classes.
 
-    The training images stand in a fixed shuffled order, whatever the seed of the run: class by
-    class, "the last tenth of the training set" would hold a tenth of the classes.
+    Training images are shuffled in the same way for every seed of the run. Otherwise the last tenth
+    of the training set, which scores, would hold only a tenth of the classes.
 
-    Raises InputError where a folder is missing or empty, or the two have different classes.
+    Raises InputError if a folder is missing or empty, or if the two have different classes.
     """
     with readable(root):
         test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
@@ -63,34 +62,32 @@ def class_digest(classes: Sequence[str]) -> str:
     return f"{len(classes)} ({names})"
 
 
-def fingerprint(root: Path, *parts: ImageSamples) -> str:
-    """The number of images and a hash over their names below ``root`` and, of up to 100,000, their
-    sizes: moving the folder changes nothing, another folder of the same classes does.
+def folder_identity(data_dir: str | Path, test_names: Sequence[str]) -> dict[str, str]:
+    """What tells folders of images apart in a configuration: the number of images and a hash.
+
+    The hash is over their names below ``data_dir`` and, of up to 100,000 images, their sizes. It
+    stays the same when the folder moves. Other images of the same classes have another one.
     """
-    paths = sorted(path for part in parts for path, _ in part)
-    sized = len(paths) <= 100_000
+    train, test, _ = list_folders(Path(data_dir), test_names)
+    paths = sorted(path for path, _ in train + test)
     digest = hashlib.sha256()
     for path in paths:
-        size = os.path.getsize(path) if sized else ""
-        digest.update(os.fsencode(f"{Path(path).relative_to(root).as_posix()} {size}\n"))
-    return f"{len(paths)} images ({digest.hexdigest()[:8]})"
-
-
-def folder_identity(data_dir: str | Path, test_names: Sequence[str]) -> dict[str, str]:
-    """What tells folders of images apart in a configuration."""
-    train, test, _ = list_folders(Path(data_dir), test_names)
-    return {"data": fingerprint(Path(data_dir), train, test)}
+        size = os.path.getsize(path) if len(paths) <= 100_000 else ""
+        name = Path(path).relative_to(data_dir).as_posix()
+        digest.update(os.fsencode(f"{name} {size}\n"))
+    return {"data": f"{len(paths)} images ({digest.hexdigest()[:8]})"}
 
 
 def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     """(path, label) of all images below ``root/<class>/``, sorted, and the class names.
 
     Raises InputError for fewer than two classes, a class without images, a name that cannot be
-    printed, a folder that cannot be read, and a link to a folder that it lies in itself.
+    printed, a folder that cannot be read, and a link to a folder above it.
     """
     with readable(root):
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        for name in classes:  # bytes that are not UTF-8, and what would steer a terminal
+        for name in classes:
+            # Not UTF-8, or with control characters, which a terminal obeys.
             if not name.isprintable():
                 raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
         if len(classes) < 2:
@@ -112,7 +109,7 @@ def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
 
 
 def _files(top: Path) -> list[str]:
-    """All files below a folder, through links too, folder by folder in the order of names."""
+    """All files below a folder, also through links, sorted by folder and then by name."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -127,15 +124,15 @@ def _files(top: Path) -> list[str]:
 
 
 def ignore_warnings_of_pillow() -> None:
-    """It warns of odd files that it reads all the same.
+    """Pillow warns about odd files although it reads them.
 
-    To be called once, before any thread reads: filters are the whole process's.
+    Filters belong to the whole process, so call this once, before any thread reads.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode one image file as 8-bit RGB; InputError with its path where that fails."""
+    """Decode one image file as 8-bit RGB; InputError with its path if that fails."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
