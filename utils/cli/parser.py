@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch
 from models import check_network
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
+from utils.run.provenance import program
 from utils.run.signals import Signals
 
 KILLED = (
@@ -98,20 +98,6 @@ def run_script(
         signals.restore()
         leave()
     return 0
-
-
-def program() -> list[str]:
-    """How this process was started: the path of a script, or ``-m`` and a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-
-
-def python() -> str:
-    """The command that starts this Python: "python" if the PATH leads to it, else its path."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    near = os.path.relpath(sys.executable)
-    return sys.executable if near.startswith(os.pardir) else near
 
 
 def _say(code: int, line: str) -> int:

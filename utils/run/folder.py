@@ -15,7 +15,6 @@ from typing import Any
 
 from models import GatedModel
 from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.cli.parser import program, python
 from utils.data.listing import class_digest
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
@@ -24,7 +23,7 @@ from utils.pruning import PruningPlan
 from utils.run import existing
 from utils.run.existing import RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import FolderLock
-from utils.run.provenance import command_line, versions
+from utils.run.provenance import command_line, program, python, versions
 from utils.run.record import Record
 from utils.run.signals import Signals
 from utils.run.state import RunState, place_of

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,19 @@ from pathlib import Path
 import torch
 import torchvision
 
-from utils.cli.parser import program
+
+def program() -> list[str]:
+    """How this process was started: the path of a script, or ``-m`` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+
+
+def python() -> str:
+    """The command that starts this Python: "python" if the PATH leads to it, else its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return sys.executable if near.startswith(os.pardir) else near
 
 
 def command_line() -> str:
