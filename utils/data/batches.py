@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from utils.distributed import Runtime
 from utils.errors import InputError
 
 SCORING = 2**32 - 1  # stands for the epoch in the key of a random stream
-Sized = TypeVar("Sized", bound=Sequence)
+Images = TypeVar("Images", bound=Sequence)
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,12 @@ class Normalisation:
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
         mean, std = (_of_bytes(values, images.device) for values in (self.mean, self.std))
-        return _floats(images).sub_(mean).div_(std)
-
-
-def _floats(images: Tensor) -> Tensor:
-    """A copy as float32."""
-    # numpy asks the system for huge pages. With torch's memory, page faults take more than half of
-    # the time that the CPU needs to normalise a batch of large images.
-    if images.device.type != "cpu":
-        return images.float()
-    return torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
+        if images.device.type != "cpu":
+            return images.float().sub_(mean).div_(std)
+        # numpy asks the system for huge pages. In torch's memory, page faults take more than half
+        # of the time for a batch of large images.
+        floats = torch.from_numpy(np.empty(images.shape, np.float32))
+        return floats.copy_(images).sub_(mean).div_(std)
 
 
 @cache  # sending them with every batch would wait for the device
@@ -61,8 +57,8 @@ class Batches(ABC):
     Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
     seed, the epoch and the image, so that a run can continue at any batch.
 
-    Attributes:
-        images: how many there are.
+    Args:
+        source: the images, each with its label.
         batch_size: images in a batch of all ranks together; the last batch may be smaller.
         normalisation: applied on the device.
         runtime: the device of the batches, and the rank that they are for.
@@ -71,19 +67,24 @@ class Batches(ABC):
         limit: at most this many batches an epoch.
     """
 
-    images: int
+    source: Sized
     batch_size: int
     normalisation: Normalisation
     runtime: Runtime
-    augment: bool
-    seed: int
-    limit: int | None
+    _: KW_ONLY
+    augment: bool = False
+    seed: int = 0
+    limit: int | None = None
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.source)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
         """Draw the order of an epoch, to begin with a later batch; returns its random stream."""
         self.epoch, self.first_batch = epoch, first_batch
-        stream = random_stream(self.seed, epoch)
-        n = self.images
+        stream, n = random_stream(self.seed, epoch), self.images
         self.order = torch.randperm(n, generator=stream) if self.augment else torch.arange(n)
         return stream
 
@@ -199,7 +200,7 @@ def split_batches(
     return [share for share in shares if len(share)]
 
 
-def hold_out(images: Sized, count: int) -> tuple[Sized, Sized | None]:
+def hold_out(images: Images, count: int) -> tuple[Images, Images | None]:
     """Training images without the last ``count``, and the last ``count``, or None if that is 0.
 
     Raises InputError where fewer than two images are left to train on.

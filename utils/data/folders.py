@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -89,11 +90,16 @@ class FolderImages(Dataset):
             torch.default_generator.set_state(stream.get_state())
             return self.transform(image), label
 
+    def __getitems__(self, keys: tuple[int, np.ndarray]) -> list[tuple[Tensor, int]]:
+        """A batch by (epoch, indices): persistent workers do not hear of a new epoch otherwise."""
+        epoch, indices = keys
+        return [self[epoch, index] for index in indices.tolist()]
+
 
 class FolderBatches(Batches):
     """Batches of images that are read from their files.
 
-    Args (the others are attributes of ``Batches``):
+    Args (see ``Batches`` for the others):
         samples: (path, label) of every image.
         crops: size of the images.
         workers: processes that read and augment; with 0, this process does.
@@ -112,11 +118,12 @@ class FolderBatches(Batches):
         limit: int | None = None,
         normalisation: Normalisation = IMAGENET_NORMALISATION,
     ):
-        super().__init__(len(samples), batch_size, normalisation, runtime, augment, seed, limit)
+        common = batch_size, normalisation, runtime
+        super().__init__(samples, *common, augment=augment, seed=seed, limit=limit)
         transform = crops.training() if augment else crops.evaluation()
         self.dataset, self.workers = FolderImages(samples, transform, augment, seed), workers
         self.set_epoch(0)
-        self.loader = self._loader(_Keys(self), persistent=True)
+        self.loader = self._loader(persistent=True)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -124,13 +131,13 @@ class FolderBatches(Batches):
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
-    def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
+    def _loader(self, persistent: bool) -> DataLoader:
         ignore_warnings_of_pillow()
         # --workers may exceed the number of cores.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return DataLoader(
             self.dataset,
-            batch_sampler=keys,
+            batch_sampler=[],  # ``_read`` fills it
             num_workers=self.workers,
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
@@ -139,11 +146,9 @@ class FolderBatches(Batches):
             generator=torch.Generator(),  # leaves the global random state alone
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._on_device(self.loader)
-
-    def _on_device(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, loader: DataLoader, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.runtime.device
+        loader.batch_sampler[:] = [(self.epoch, indices.numpy()) for indices in parts]
         try:
             for images, labels in loader:
                 images = images.to(device, non_blocking=True)
@@ -151,25 +156,14 @@ class FolderBatches(Batches):
         except InputError as error:  # a worker wraps its traceback around the message
             raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._read(self.loader, self._shares())
+
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        keys = [_keys(self.epoch, part) for part in indices.split(32)]  # work for every worker
-        images, labels = zip(*self._on_device(self._loader(keys)), strict=True)
+        parts = indices.split(32)  # so that every worker has something to do
+        images, labels = zip(*self._read(self._loader(persistent=False), parts), strict=True)
         return torch.cat(images), torch.cat(labels)
-
-
-def _keys(epoch: int, indices: Tensor) -> list[tuple[int, int]]:
-    return [(epoch, index) for index in indices.tolist()]
-
-
-class _Keys:
-    """A batch sampler of (epoch, index), because persistent workers do not hear of a new epoch."""
-
-    def __init__(self, batches: FolderBatches):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (_keys(self.batches.epoch, share) for share in self.batches._shares())
 
 
 def _start_worker(worker: int) -> None:

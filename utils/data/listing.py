@@ -24,10 +24,9 @@ def readable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{error.filename or place}: cannot be read ({error.strerror or error});"
-            " check the name and the permissions, or see --data_dir"
-        ) from None
+        advice = "check the name and the permissions, or see --data_dir"
+        what = f"{error.filename or place}: cannot be read ({error.strerror or error})"
+        raise InputError(f"{what}; {advice}") from None
 
 
 def list_folders(
@@ -86,24 +85,18 @@ def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     """
     with readable(root):
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        for name in classes:
-            # Not UTF-8, or with control characters, which a terminal obeys.
-            if not name.isprintable():
-                raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
         if len(classes) < 2:
             found = f"only {classes[0]!r}" if classes else "none"
-            raise InputError(
-                f"{root} must hold one folder of images per class, of at least two classes; there"
-                f" is {found}; add one, or see --data_dir"
-            )
+            rule = "must hold one folder of images per class, of at least two classes"
+            raise InputError(f"{root} {rule}; there is {found}; add one, or see --data_dir")
         samples = []
         for label, name in enumerate(classes):
+            if not name.isprintable():  # not UTF-8, or control characters, which a terminal obeys
+                raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
             paths = [path for path in _files(root / name) if path.lower().endswith(IMG_EXTENSIONS)]
             if not paths:
-                raise InputError(
-                    f"{root / name}: there is no image; add some ({', '.join(IMG_EXTENSIONS)}),"
-                    " or remove the folder"
-                )
+                advice = f"add some ({', '.join(IMG_EXTENSIONS)}), or remove the folder"
+                raise InputError(f"{root / name}: there is no image; {advice}")
             samples += [(path, label) for path in paths]
     return samples, classes
 
