@@ -4,8 +4,8 @@
     python prepare_torch_imagenet_models.py --net resnet50 --checkpoint resnet50-0676ba61.pth
 
 Takes the weights from torchvision (downloaded once) or from a local file, checks that the gated
-network's logits equal torchvision's, evaluates on DATA_DIR/val where that is given, and writes
-OUTPUT/<net>/model_best.pth.
+network's logits equal torchvision's, writes OUTPUT/<net>/model_best.pth, and evaluates it on
+DATA_DIR/val if --data_dir is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torchvision
@@ -79,19 +78,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return {}
 
     batches = FolderBatches(
-        val[0],
-        args.batch_size,
-        crops,
-        runtime,
-        workers=args.workers,
-        limit=args.limit_val_batches,
-        normalisation=normalisation,
-    )
+        val[0], args.batch_size, crops, runtime, workers=args.workers,
+        limit=args.limit_val_batches, normalisation=normalisation,
+    )  # fmt: skip
     with closing(batches):
         measured = evaluate(model, batches, runtime)
-    report(runtime, f"measured on {measured.images} images of {args.data_dir}/val: "
-                    f"top-1 {measured.accuracy:.3f} %, top-5 {measured.top5:.3f} %")  # fmt: skip
-    report(runtime, published(weights))
+    line = "{}: top-1 {:.3f} %, top-5 {:.3f} %"
+    where = f"measured on {measured.images} images of {args.data_dir}/val"
+    report(runtime, line.format(where, measured.accuracy, measured.top5))
+    where = f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val"
+    report(runtime, line.format(where, *weights.meta["_metrics"]["ImageNet-1K"].values()))
     return {"accuracy": measured.accuracy, "top5": measured.top5, "images": measured.images}
 
 
@@ -101,17 +97,11 @@ def report(runtime: Runtime, text: str) -> None:
 
 
 def find_weights(net: str, name: str) -> WeightsEnum:
-    """torchvision's weights of that name; InputError with the names that there are."""
+    """torchvision's weights of that name; an InputError lists the known names."""
     known = torchvision.models.get_model_weights(net)
     if name not in known.__members__:
         raise InputError(f"--weights {name}: {net} has {', '.join(known.__members__)}")
     return known[name]
-
-
-def published(weights: WeightsEnum) -> str:
-    figures = weights.meta["_metrics"]["ImageNet-1K"]
-    return (f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val: "
-            f"top-1 {figures['acc@1']:.3f} %, top-5 {figures['acc@5']:.3f} %")  # fmt: skip
 
 
 def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
@@ -119,33 +109,25 @@ def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        name = Path(urlparse(weights.url).path).name
-        raise InputError(
-            f"{weights.url} could not be downloaded ({error}); put {name} into {cache},"
-            " or name a local file with --checkpoint"
-        ) from error
+        name, cache = Path(weights.url).name, Path(torch.hub.get_dir()) / "checkpoints"
+        advice = f"put {name} into {cache}, or name a local file with --checkpoint"
+        raise InputError(f"{weights.url} could not be downloaded ({error}); {advice}") from error
 
 
 def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedModel, float]:
-    """The gated network with torchvision's weights, and how far its logits are from torchvision's.
+    """The gated network with torchvision's weights, and the relative difference of its logits.
 
-    The difference is relative to the largest logit. Raises InputError for weights of another
-    network, and where the logits differ by more than rounding.
+    Raises InputError for weights of another network, and if logits differ by more than rounding.
     """
     try:
         num_classes = len(state["fc.weight"])
         original = torchvision.models.get_model(net, weights=None, num_classes=num_classes).eval()
         original.load_state_dict(state)
         model = build_model(net, num_classes).eval()
-        gates = {
-            name: tensor for name, tensor in model.state_dict().items() if ".gate" in f".{name}"
-        }
+        gates = {name: gate for name, gate in model.state_dict().items() if name.endswith(".gate")}
         model.load_state_dict({**gates, **state})
     except (KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{source}: these are not torchvision's weights of {net} ({error})"
-        ) from None
+        raise InputError(f"{source}: not torchvision's weights of {net} ({error})") from None
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, logits = original(images), model(images)
@@ -156,7 +138,7 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
 
 
 def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
-    """Write the baseline; InputError where that would replace other weights unasked."""
+    """Write the baseline. Raises InputError rather than replace other weights unasked."""
     try:
         if path.exists() and not overwrite:
             if load_checkpoint(path).digest == Checkpoint(model, {}).digest:

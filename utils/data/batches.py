@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.distributed import Runtime
 from utils.errors import InputError
 
 SCORING = 2**32 - 1  # stands for the epoch in the key of a random stream
@@ -68,9 +67,7 @@ class Batches(ABC):
     """
 
     source: Sized
-    batch_size: int
-    normalisation: Normalisation
-    runtime: Runtime
+    batch_size: int  # next come fields of the subclass, among them normalisation and runtime
     _: KW_ONLY
     augment: bool = False
     seed: int = 0

@@ -9,8 +9,8 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -96,32 +96,25 @@ class FolderImages(Dataset):
         return [self[epoch, index] for index in indices.tolist()]
 
 
+@dataclass(eq=False)
 class FolderBatches(Batches):
     """Batches of images that are read from their files.
 
     Args (see ``Batches`` for the others):
-        samples: (path, label) of every image.
         crops: size of the images.
         workers: processes that read and augment; with 0, this process does.
     """
 
-    def __init__(
-        self,
-        samples: ImageSamples,
-        batch_size: int,
-        crops: Crops,
-        runtime: Runtime,
-        *,
-        workers: int = 4,
-        augment: bool = False,
-        seed: int = 0,
-        limit: int | None = None,
-        normalisation: Normalisation = IMAGENET_NORMALISATION,
-    ):
-        common = batch_size, normalisation, runtime
-        super().__init__(samples, *common, augment=augment, seed=seed, limit=limit)
-        transform = crops.training() if augment else crops.evaluation()
-        self.dataset, self.workers = FolderImages(samples, transform, augment, seed), workers
+    source: ImageSamples
+    crops: Crops
+    runtime: Runtime
+    _: KW_ONLY
+    workers: int = 4
+    normalisation: Normalisation = IMAGENET_NORMALISATION
+
+    def __post_init__(self):
+        transform = self.crops.training() if self.augment else self.crops.evaluation()
+        self.dataset = FolderImages(self.source, transform, self.augment, self.seed)
         self.set_epoch(0)
         self.loader = self._loader(persistent=True)
 
@@ -194,17 +187,14 @@ def folder_batches(
 ) -> Iterator[Data]:
     """The batches of a run; worker processes end with the block."""
     trained, held = hold_out(train, holdout)
-    crops = Crops(about.image_size, about.resize)
-    with ExitStack() as stack:
-
-        def batches(images: ImageSamples, limit: int | None, augment: bool) -> FolderBatches:
-            made = FolderBatches(
-                images, batch_size, crops, runtime, workers=workers, augment=augment, seed=seed,
-                limit=limit, normalisation=about.normalisation,
-            )  # fmt: skip
-            return stack.enter_context(closing(made))
-
-        yield Data(
-            batches(trained, limit_train, True), batches(val, limit_test, False),
-            batches(held, limit_test, False) if held else None, about,
-        )  # fmt: skip
+    batches = partial(
+        FolderBatches, batch_size=batch_size, crops=Crops(about.image_size, about.resize),
+        runtime=runtime, seed=seed, workers=workers, normalisation=about.normalisation,
+    )  # fmt: skip
+    made = [batches(trained, augment=True, limit=limit_train), batches(val, limit=limit_test)]
+    made.append(batches(held, limit=limit_test) if held else None)
+    try:
+        yield Data(*made, about)
+    finally:
+        for part in filter(None, made):
+            part.close()

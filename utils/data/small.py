@@ -153,8 +153,9 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
         sizes = list(tqdm(done, "reading images", len(samples), leave=False, disable=None))
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
-        few = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
-        print(f"warning: {few}; they are enlarged from down to {width}x{height}", file=sys.stderr)
+        many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
+        line = f"warning: {many} and are enlarged; the smallest is {width}x{height}"
+        print(line, file=sys.stderr)
     labels = torch.tensor([label for _, label in samples])
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
 
@@ -168,6 +169,8 @@ class ImageBatches(Batches):
     """
 
     source: ImageSet
+    normalisation: Normalisation
+    runtime: Runtime
 
     def __post_init__(self):
         device = self.runtime.device
@@ -221,8 +224,6 @@ def image_batches(
     trained, held = hold_out(images.train, holdout)
     common = about.normalisation, runtime
     train = ImageBatches(trained, batch_size, *common, augment=True, seed=seed, limit=limit_train)
-    test, held_out = (
-        ImageBatches(part, TEST_BATCH, *common, limit=limit_test) if part else None
-        for part in (images.test, held)
-    )
+    test = ImageBatches(images.test, TEST_BATCH, *common, limit=limit_test)
+    held_out = ImageBatches(held, TEST_BATCH, *common, limit=limit_test) if held else None
     return Data(train, test, held_out, about)
