@@ -57,10 +57,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         settings.normalisation(args), {}, Normalisation(tuple(usual.mean), tuple(usual.std))
     )
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
-
-    state = runtime.main_first(
-        lambda: read_state_dict(args.checkpoint) if args.checkpoint else download(weights)
-    )
+    state = runtime.main_first(lambda: read_weights(args.checkpoint, weights))
     source = args.checkpoint or weights.url
     model, difference = convert(args.net, state, source)
     report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
@@ -104,8 +101,10 @@ def find_weights(net: str, name: str) -> WeightsEnum:
     return known[name]
 
 
-def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
-    """The state dict, from torchvision's cache or the network."""
+def read_weights(file: str | None, weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """The state dict of a local file, or else from torchvision's cache or the network."""
+    if file:
+        return read_state_dict(file)
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:

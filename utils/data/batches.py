@@ -56,22 +56,16 @@ class Batches(ABC):
     Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
     seed, the epoch and the image, so that a run can continue at any batch.
 
-    Args:
-        source: the images, each with its label.
-        batch_size: images in a batch of all ranks together; the last batch may be smaller.
-        normalisation: applied on the device.
-        runtime: the device of the batches, and the rank that they are for.
-        augment: training order and augmentation; without it, file order and plain images.
-        seed: of the random streams.
-        limit: at most this many batches an epoch.
+    Subclasses add the fields ``normalisation`` and ``runtime``: the constants, and the device and
+    rank of the batches.
     """
 
-    source: Sized
-    batch_size: int  # next come fields of the subclass, among them normalisation and runtime
+    source: Sized  # the images, each with its label
+    batch_size: int  # images in a batch of all ranks together; the last batch may be smaller
     _: KW_ONLY
-    augment: bool = False
-    seed: int = 0
-    limit: int | None = None
+    augment: bool = False  # training order and augmentation; otherwise file order, plain images
+    seed: int = 0  # of the random streams
+    limit: int | None = None  # at most this many batches an epoch
 
     @property
     def images(self) -> int:
@@ -122,23 +116,14 @@ def choose_normalisation(
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says about the data of its network.
+    """What a checkpoint says about the data of its network."""
 
-    Attributes:
-        dataset: ``cifar10``, ``folder``, ``imagenet``, ...
-        classes: names in label order; empty if unknown.
-        image_size: side in pixels.
-        normalisation: of the pixels.
-        resize: evaluation resizes the shorter side to this before it crops.
-        source: where the unpruned weights come from.
-    """
-
-    dataset: str
-    classes: Sequence[str]
-    image_size: int
+    dataset: str  # ``cifar10``, ``folder``, ``imagenet``, ...
+    classes: Sequence[str]  # names in label order; empty if unknown
+    image_size: int  # side in pixels
     normalisation: Normalisation
-    resize: int | None = None
-    source: str | None = None
+    resize: int | None = None  # evaluation resizes the shorter side to this before it crops
+    source: str | None = None  # where the unpruned weights come from
 
     def metadata(self) -> dict[str, Any]:
         """The entries of a checkpoint; what is unknown is left out."""
@@ -149,17 +134,11 @@ class About:
 
 @dataclass(frozen=True)
 class Data:
-    """The batches of a run.
-
-    Attributes:
-        train, test: training images with augmentation, test images without.
-        holdout: images that are not trained on but choose the best epoch; None without any.
-        about: what checkpoints say about the data.
-    """
+    """The batches of a run, and what its checkpoints say about them."""
 
     train: Batches
     test: Batches
-    holdout: Batches | None
+    holdout: Batches | None  # images that are not trained on but choose the best epoch
     about: About
 
     @property

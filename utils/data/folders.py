@@ -49,24 +49,20 @@ class Crops:
         return cls(size, known or round(size * 256 / 224))
 
     def training(self) -> Callable[[Image.Image], Tensor]:
-        return partial(_random_crop, size=self.size)
+        """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip."""
+        return self._random_crop
+
+    def _random_crop(self, image: Image.Image) -> Tensor:
+        # Tensors are resized faster than PIL images, but conversion copies all pixels: crop first.
+        top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
+        area = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        pixels = functional.resize(area, [self.size, self.size], antialias=True)
+        return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
     def evaluation(self) -> Callable[[Image.Image], Tensor]:
         resize = transforms.Resize(self.resize, antialias=True)
         steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
         return transforms.Compose(steps)
-
-
-def _random_crop(image: Image.Image, size: int) -> Tensor:
-    """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip.
-
-    Tensors are resized faster than PIL images, but conversion copies every pixel. So the image is
-    cropped first.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
-    area = image.crop((left, top, left + width, top + height))
-    pixels = functional.resize(functional.pil_to_tensor(area), [size, size], antialias=True)
-    return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
 
 class FolderImages(Dataset):
@@ -98,18 +94,13 @@ class FolderImages(Dataset):
 
 @dataclass(eq=False)
 class FolderBatches(Batches):
-    """Batches of images that are read from their files.
-
-    Args (see ``Batches`` for the others):
-        crops: size of the images.
-        workers: processes that read and augment; with 0, this process does.
-    """
+    """Batches of images that are read from their files."""
 
     source: ImageSamples
     crops: Crops
     runtime: Runtime
     _: KW_ONLY
-    workers: int = 4
+    workers: int = 4  # processes that read and augment; with 0, this process does
     normalisation: Normalisation = IMAGENET_NORMALISATION
 
     def __post_init__(self):

@@ -34,13 +34,8 @@ from utils.distributed import Runtime
 from utils.errors import InputError
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-NORMALISATIONS = {
-    "cifar10": CIFAR10_NORMALISATION,
-    "cifar100": Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "folder": CIFAR10_NORMALISATION,
-    "synthetic": CIFAR10_NORMALISATION,
-}
-DATASETS = tuple(NORMALISATIONS)
+CIFAR100_NORMALISATION = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 TEST_FOLDERS = ("test", "val")  # the first that exists serves
 TEST_BATCH = 500
 
@@ -101,7 +96,8 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
     else:
         with readable(root):
             *parts, classes = _read_cifar(CIFAR10 if dataset == "cifar10" else CIFAR100, root)
-    return ImageData(*parts, classes, NORMALISATIONS[dataset])
+    usual = CIFAR100_NORMALISATION if dataset == "cifar100" else CIFAR10_NORMALISATION
+    return ImageData(*parts, classes, usual)
 
 
 def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
