@@ -3,9 +3,8 @@
     python prepare_torch_imagenet_models.py --net resnet50 --data_dir <path-to-imagenet>
     python prepare_torch_imagenet_models.py --net resnet50 --checkpoint resnet50-0676ba61.pth
 
-Takes the weights from torchvision (downloaded once) or from a local file, checks that the gated
-network's logits equal torchvision's, writes OUTPUT/<net>/model_best.pth, and evaluates it on
-DATA_DIR/val if --data_dir is given.
+Takes weights of torchvision (downloaded once) or a local file, checks that the gated network gives
+the same logits, writes OUTPUT/<net>/model_best.pth, and evaluates it on DATA_DIR/val if given.
 """
 
 from __future__ import annotations

@@ -56,8 +56,7 @@ class Batches(ABC):
     Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
     seed, the epoch and the image, so that a run can continue at any batch.
 
-    Subclasses add the fields ``normalisation`` and ``runtime``: the constants, and the device and
-    rank of the batches.
+    Subclasses add the fields ``normalisation`` and ``runtime``, which says the device and the rank.
     """
 
     source: Sized  # the images, each with its label
@@ -162,9 +161,8 @@ def split_batches(
 ) -> list[Tensor]:
     """A rank's share of every batch of an epoch: image indices, in the given order.
 
-    ``batch_size`` counts the images of all ranks together. In training, every rank has equally many
-    images of a batch, at least two because of BatchNorm; left-over images at the end of an epoch
-    are dropped.
+    ``batch_size`` counts the images of all ranks. In training, each rank gets equally many images
+    of a batch, at least two because of BatchNorm; those left over at the end are dropped.
     """
     batches = list(order.split(batch_size))[:limit]
     if training:
@@ -200,9 +198,6 @@ def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
 
 
 def scoring_batch(train: Batches, count: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, S, S) and labels (B,) of ``scoring_indices``, with the training augmentation.
-
-    The augmentation is always that of the first epoch.
-    """
+    """Images (B, 3, S, S) and labels (B,) of ``scoring_indices``, augmented as in epoch 0."""
     train.set_epoch(0)
     return train.pick(scoring_indices(train.images, count, seed))

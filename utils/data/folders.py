@@ -82,8 +82,7 @@ class FolderImages(Dataset):
         if not self.augment:
             return self.transform(image), label
         with torch.random.fork_rng([]):
-            stream = random_stream(self.seed, epoch, index)
-            torch.default_generator.set_state(stream.get_state())
+            torch.default_generator.set_state(random_stream(self.seed, epoch, index).get_state())
             return self.transform(image), label
 
     def __getitems__(self, keys: tuple[int, np.ndarray]) -> list[tuple[Tensor, int]]:

@@ -24,9 +24,8 @@ def readable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "check the name and the permissions, or see --data_dir"
         what = f"{error.filename or place}: cannot be read ({error.strerror or error})"
-        raise InputError(f"{what}; {advice}") from None
+        raise InputError(f"{what}; check name and permissions, or see --data_dir") from None
 
 
 def list_folders(
@@ -72,8 +71,7 @@ def folder_identity(data_dir: str | Path, test_names: Sequence[str]) -> dict[str
     digest = hashlib.sha256()
     for path in paths:
         size = os.path.getsize(path) if len(paths) <= 100_000 else ""
-        name = Path(path).relative_to(data_dir).as_posix()
-        digest.update(os.fsencode(f"{name} {size}\n"))
+        digest.update(os.fsencode(f"{Path(path).relative_to(data_dir).as_posix()} {size}\n"))
     return {"data": f"{len(paths)} images ({digest.hexdigest()[:8]})"}
 
 
@@ -117,10 +115,7 @@ def _files(top: Path) -> list[str]:
 
 
 def ignore_warnings_of_pillow() -> None:
-    """Pillow warns about odd files although it reads them.
-
-    Filters belong to the whole process, so call this once, before any thread reads.
-    """
+    """Pillow warns about files that it reads. Filters are process-wide: call before threads run."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

@@ -150,8 +150,9 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
         many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
-        line = f"warning: {many} and are enlarged; the smallest is {width}x{height}"
-        print(line, file=sys.stderr)
+        print(
+            f"warning: {many} and are enlarged; the smallest is {width}x{height}", file=sys.stderr
+        )
     labels = torch.tensor([label for _, label in samples])
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
 
@@ -160,8 +161,7 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
 class ImageBatches(Batches):
     """Batches of images in memory.
 
-    With ``augment``, images are shuffled, padded by an eighth of their side (4 pixels at 32),
-    cropped at random and flipped at random.
+    With ``augment``, they are padded by an eighth of their side, cropped and flipped at random.
     """
 
     source: ImageSet
