@@ -150,9 +150,7 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
         many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
-        print(
-            f"warning: {many} and are enlarged; the smallest is {width}x{height}", file=sys.stderr
-        )
+        print(f"warning: {many} and are enlarged (smallest: {width}x{height})", file=sys.stderr)
     labels = torch.tensor([label for _, label in samples])
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
 
