@@ -3,9 +3,8 @@
     python prepare_torch_imagenet_models.py --net resnet50 --data_dir <path-to-imagenet>
     python prepare_torch_imagenet_models.py --net resnet50 --checkpoint resnet50-0676ba61.pth
 
-Takes the weights from torchvision (downloaded once) or from a local file, checks that the gated
-network's logits equal torchvision's, evaluates on DATA_DIR/val where that is given, and writes
-OUTPUT/<net>/model_best.pth.
+Takes weights of torchvision (downloaded once) or a local file, checks that the gated network gives
+the same logits, writes OUTPUT/<net>/model_best.pth, and evaluates it on DATA_DIR/val if given.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torchvision
@@ -30,7 +29,7 @@ from utils.cli.parser import Parser, run_script
 from utils.data.batches import About, Normalisation, choose_normalisation
 from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_images
-from utils.distributed import Runtime, select_runtime
+from utils.distributed import select_runtime
 from utils.errors import InputError
 from utils.finetune import evaluate
 from utils.run.baseline import check_classes
@@ -51,101 +50,72 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Convert, check, save and evaluate; returns what was measured on DATA_DIR/val."""
     runtime = select_runtime(args.device, args.gpu)
     runtime.share(args.batch_size, "--batch_size")
-    weights = find_weights(args.net, args.weights)
-    usual = weights.transforms()
-    crops = Crops(usual.crop_size[0], usual.resize_size[0])
-    normalisation, constants = choose_normalisation(
-        settings.normalisation(args), {}, Normalisation(tuple(usual.mean), tuple(usual.std))
-    )
+    report = partial(print, flush=True) if runtime.is_main else lambda text: None
+    known = torchvision.models.get_model_weights(args.net).__members__
+    if args.weights not in known:
+        raise InputError(f"--weights {args.weights}: {args.net} has {', '.join(known)}")
+    weights = known[args.weights]
+    preset = weights.transforms()
+    crops = Crops(preset.crop_size[0], preset.resize_size[0])
+    usual = Normalisation(tuple(preset.mean), tuple(preset.std))
+    normalisation, constants = choose_normalisation(settings.normalisation(args), {}, usual)
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
-
-    state = runtime.main_first(
-        lambda: read_state_dict(args.checkpoint) if args.checkpoint else download(weights)
-    )
+    state = runtime.main_first(lambda: read_weights(args.checkpoint, weights))
     source = args.checkpoint or weights.url
     model, difference = convert(args.net, state, source)
-    report(runtime, f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
+    report(f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
     if val:
         about = About("imagenet", val[1], crops.size, normalisation)
         advice = "name the data that the weights were trained on"
         check_classes(Checkpoint(model, {}), about, f"--data_dir {args.data_dir}", advice)
-    report(runtime, constants)
+    report(constants)
     if args.save:
         about = About("imagenet", (), crops.size, normalisation, crops.resize, source)
         path = Path(args.output) / args.net / "model_best.pth"
         runtime.on_main(lambda: save(path, model, args.overwrite, about.metadata()))
-        report(runtime, f"saved {path}")
+        report(f"saved {path}")
     if not val:
         return {}
-
     batches = FolderBatches(
-        val[0],
-        args.batch_size,
-        crops,
-        runtime,
-        workers=args.workers,
-        limit=args.limit_val_batches,
-        normalisation=normalisation,
-    )
+        val[0], args.batch_size, crops, runtime, workers=args.workers,
+        limit=args.limit_val_batches, normalisation=normalisation,
+    )  # fmt: skip
     with closing(batches):
         measured = evaluate(model, batches, runtime)
-    report(runtime, f"measured on {measured.images} images of {args.data_dir}/val: "
-                    f"top-1 {measured.accuracy:.3f} %, top-5 {measured.top5:.3f} %")  # fmt: skip
-    report(runtime, published(weights))
+    published, figures = weights.meta["_metrics"]["ImageNet-1K"], "top-1 {:.3f} %, top-5 {:.3f} %"
+    report(f"measured on {measured.images} images of {args.data_dir}/val: "
+           f"{figures.format(measured.accuracy, measured.top5)}")  # fmt: skip
+    report(f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val: "
+           f"{figures.format(published['acc@1'], published['acc@5'])}")  # fmt: skip
     return {"accuracy": measured.accuracy, "top5": measured.top5, "images": measured.images}
 
 
-def report(runtime: Runtime, text: str) -> None:
-    if runtime.is_main:
-        print(text, flush=True)
-
-
-def find_weights(net: str, name: str) -> WeightsEnum:
-    """torchvision's weights of that name; InputError with the names that there are."""
-    known = torchvision.models.get_model_weights(net)
-    if name not in known.__members__:
-        raise InputError(f"--weights {name}: {net} has {', '.join(known.__members__)}")
-    return known[name]
-
-
-def published(weights: WeightsEnum) -> str:
-    figures = weights.meta["_metrics"]["ImageNet-1K"]
-    return (f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val: "
-            f"top-1 {figures['acc@1']:.3f} %, top-5 {figures['acc@5']:.3f} %")  # fmt: skip
-
-
-def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
-    """The state dict, from torchvision's cache or the network."""
+def read_weights(file: str | None, weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """The state dict of a local file, or else from torchvision's cache or the network."""
+    if file:
+        return read_state_dict(file)
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        name = Path(urlparse(weights.url).path).name
-        raise InputError(
-            f"{weights.url} could not be downloaded ({error}); put {name} into {cache},"
-            " or name a local file with --checkpoint"
-        ) from error
+        name, cache = Path(weights.url).name, Path(torch.hub.get_dir()) / "checkpoints"
+        advice = f"put {name} into {cache}, or name a local file with --checkpoint"
+        raise InputError(f"{weights.url} could not be downloaded ({error}); {advice}") from error
 
 
 def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedModel, float]:
-    """The gated network with torchvision's weights, and how far its logits are from torchvision's.
+    """The gated network with torchvision's weights, and the relative difference of its logits.
 
-    The difference is relative to the largest logit. Raises InputError for weights of another
-    network, and where the logits differ by more than rounding.
+    Raises InputError for weights of another network, and if logits differ by more than rounding.
     """
     try:
         num_classes = len(state["fc.weight"])
         original = torchvision.models.get_model(net, weights=None, num_classes=num_classes).eval()
         original.load_state_dict(state)
         model = build_model(net, num_classes).eval()
-        gates = {
-            name: tensor for name, tensor in model.state_dict().items() if ".gate" in f".{name}"
-        }
+        gates = {name: gate for name, gate in model.state_dict().items() if name.endswith(".gate")}
         model.load_state_dict({**gates, **state})
     except (KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{source}: these are not torchvision's weights of {net} ({error})"
-        ) from None
+        raise InputError(f"{source}: not torchvision's weights of {net} ({error})") from None
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, logits = original(images), model(images)
@@ -156,13 +126,12 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
 
 
 def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
-    """Write the baseline; InputError where that would replace other weights unasked."""
+    """Write the baseline. Raises InputError rather than replace other weights unasked."""
     try:
-        if path.exists() and not overwrite:
-            if load_checkpoint(path).digest == Checkpoint(model, {}).digest:
-                return
+        if overwrite or not path.exists():
+            save_checkpoint(path, model, **meta)
+        elif load_checkpoint(path).digest != Checkpoint(model, {}).digest:
             raise InputError(f"{path} holds other weights; use --overwrite to replace them")
-        save_checkpoint(path, model, **meta)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); see --output") from error
 

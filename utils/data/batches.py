@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.distributed import Runtime
 from utils.errors import InputError
 
 SCORING = 2**32 - 1  # stands for the epoch in the key of a random stream
-Sized = TypeVar("Sized", bound=Sequence)
+Images = TypeVar("Images", bound=Sequence)
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,12 @@ class Normalisation:
     def apply(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32."""
         mean, std = (_of_bytes(values, images.device) for values in (self.mean, self.std))
-        return _floats(images).sub_(mean).div_(std)
-
-
-def _floats(images: Tensor) -> Tensor:
-    """A copy as float32."""
-    # numpy asks the system for huge pages. With torch's memory, page faults take more than half of
-    # the time that the CPU needs to normalise a batch of large images.
-    if images.device.type != "cpu":
-        return images.float()
-    return torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
+        if images.device.type != "cpu":
+            return images.float().sub_(mean).div_(std)
+        # numpy asks the system for huge pages. In torch's memory, page faults take more than half
+        # of the time for a batch of large images.
+        floats = torch.from_numpy(np.empty(images.shape, np.float32))
+        return floats.copy_(images).sub_(mean).div_(std)
 
 
 @cache  # sending them with every batch would wait for the device
@@ -61,29 +56,25 @@ class Batches(ABC):
     Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
     seed, the epoch and the image, so that a run can continue at any batch.
 
-    Attributes:
-        images: how many there are.
-        batch_size: images in a batch of all ranks together; the last batch may be smaller.
-        normalisation: applied on the device.
-        runtime: the device of the batches, and the rank that they are for.
-        augment: training order and augmentation; without it, file order and plain images.
-        seed: of the random streams.
-        limit: at most this many batches an epoch.
+    Subclasses add the fields ``normalisation`` and ``runtime``, which says the device and the rank.
     """
 
-    images: int
-    batch_size: int
-    normalisation: Normalisation
-    runtime: Runtime
-    augment: bool
-    seed: int
-    limit: int | None
+    source: Sized  # the images, each with its label
+    batch_size: int  # images in a batch of all ranks together; the last batch may be smaller
+    _: KW_ONLY
+    augment: bool = False  # training order and augmentation; otherwise file order, plain images
+    seed: int = 0  # of the random streams
+    limit: int | None = None  # at most this many batches an epoch
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.source)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
         """Draw the order of an epoch, to begin with a later batch; returns its random stream."""
         self.epoch, self.first_batch = epoch, first_batch
-        stream = random_stream(self.seed, epoch)
-        n = self.images
+        stream, n = random_stream(self.seed, epoch), self.images
         self.order = torch.randperm(n, generator=stream) if self.augment else torch.arange(n)
         return stream
 
@@ -124,23 +115,14 @@ def choose_normalisation(
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says about the data of its network.
+    """What a checkpoint says about the data of its network."""
 
-    Attributes:
-        dataset: ``cifar10``, ``folder``, ``imagenet``, ...
-        classes: names in label order; empty if unknown.
-        image_size: side in pixels.
-        normalisation: of the pixels.
-        resize: evaluation resizes the shorter side to this before it crops.
-        source: where the unpruned weights come from.
-    """
-
-    dataset: str
-    classes: Sequence[str]
-    image_size: int
+    dataset: str  # ``cifar10``, ``folder``, ``imagenet``, ...
+    classes: Sequence[str]  # names in label order; empty if unknown
+    image_size: int  # side in pixels
     normalisation: Normalisation
-    resize: int | None = None
-    source: str | None = None
+    resize: int | None = None  # evaluation resizes the shorter side to this before it crops
+    source: str | None = None  # where the unpruned weights come from
 
     def metadata(self) -> dict[str, Any]:
         """The entries of a checkpoint; what is unknown is left out."""
@@ -151,17 +133,11 @@ class About:
 
 @dataclass(frozen=True)
 class Data:
-    """The batches of a run.
-
-    Attributes:
-        train, test: training images with augmentation, test images without.
-        holdout: images that are not trained on but choose the best epoch; None without any.
-        about: what checkpoints say about the data.
-    """
+    """The batches of a run, and what its checkpoints say about them."""
 
     train: Batches
     test: Batches
-    holdout: Batches | None
+    holdout: Batches | None  # images that are not trained on but choose the best epoch
     about: About
 
     @property
@@ -185,9 +161,8 @@ def split_batches(
 ) -> list[Tensor]:
     """A rank's share of every batch of an epoch: image indices, in the given order.
 
-    ``batch_size`` counts the images of all ranks together. In training, every rank has equally many
-    images of a batch, at least two because of BatchNorm; left-over images at the end of an epoch
-    are dropped.
+    ``batch_size`` counts the images of all ranks. In training, each rank gets equally many images
+    of a batch, at least two because of BatchNorm; those left over at the end are dropped.
     """
     batches = list(order.split(batch_size))[:limit]
     if training:
@@ -199,7 +174,7 @@ def split_batches(
     return [share for share in shares if len(share)]
 
 
-def hold_out(images: Sized, count: int) -> tuple[Sized, Sized | None]:
+def hold_out(images: Images, count: int) -> tuple[Images, Images | None]:
     """Training images without the last ``count``, and the last ``count``, or None if that is 0.
 
     Raises InputError where fewer than two images are left to train on.
@@ -223,9 +198,6 @@ def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:
 
 
 def scoring_batch(train: Batches, count: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, S, S) and labels (B,) of ``scoring_indices``, with the training augmentation.
-
-    The augmentation is always that of the first epoch.
-    """
+    """Images (B, 3, S, S) and labels (B,) of ``scoring_indices``, augmented as in epoch 0."""
     train.set_epoch(0)
     return train.pick(scoring_indices(train.images, count, seed))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -48,24 +49,20 @@ class Crops:
         return cls(size, known or round(size * 256 / 224))
 
     def training(self) -> Callable[[Image.Image], Tensor]:
-        return partial(_random_crop, size=self.size)
+        """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip."""
+        return self._random_crop
+
+    def _random_crop(self, image: Image.Image) -> Tensor:
+        # Tensors are resized faster than PIL images, but conversion copies all pixels: crop first.
+        top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
+        area = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        pixels = functional.resize(area, [self.size, self.size], antialias=True)
+        return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
     def evaluation(self) -> Callable[[Image.Image], Tensor]:
         resize = transforms.Resize(self.resize, antialias=True)
         steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
         return transforms.Compose(steps)
-
-
-def _random_crop(image: Image.Image, size: int) -> Tensor:
-    """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip.
-
-    Tensors are resized faster than PIL images, but conversion copies every pixel. So the image is
-    cropped first.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
-    area = image.crop((left, top, left + width, top + height))
-    pixels = functional.resize(functional.pil_to_tensor(area), [size, size], antialias=True)
-    return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
 
 class FolderImages(Dataset):
@@ -85,38 +82,31 @@ class FolderImages(Dataset):
         if not self.augment:
             return self.transform(image), label
         with torch.random.fork_rng([]):
-            stream = random_stream(self.seed, epoch, index)
-            torch.default_generator.set_state(stream.get_state())
+            torch.default_generator.set_state(random_stream(self.seed, epoch, index).get_state())
             return self.transform(image), label
 
+    def __getitems__(self, keys: tuple[int, np.ndarray]) -> list[tuple[Tensor, int]]:
+        """A batch by (epoch, indices): persistent workers do not hear of a new epoch otherwise."""
+        epoch, indices = keys
+        return [self[epoch, index] for index in indices.tolist()]
 
+
+@dataclass(eq=False)
 class FolderBatches(Batches):
-    """Batches of images that are read from their files.
+    """Batches of images that are read from their files."""
 
-    Args (the others are attributes of ``Batches``):
-        samples: (path, label) of every image.
-        crops: size of the images.
-        workers: processes that read and augment; with 0, this process does.
-    """
+    source: ImageSamples
+    crops: Crops
+    runtime: Runtime
+    _: KW_ONLY
+    workers: int = 4  # processes that read and augment; with 0, this process does
+    normalisation: Normalisation = IMAGENET_NORMALISATION
 
-    def __init__(
-        self,
-        samples: ImageSamples,
-        batch_size: int,
-        crops: Crops,
-        runtime: Runtime,
-        *,
-        workers: int = 4,
-        augment: bool = False,
-        seed: int = 0,
-        limit: int | None = None,
-        normalisation: Normalisation = IMAGENET_NORMALISATION,
-    ):
-        super().__init__(len(samples), batch_size, normalisation, runtime, augment, seed, limit)
-        transform = crops.training() if augment else crops.evaluation()
-        self.dataset, self.workers = FolderImages(samples, transform, augment, seed), workers
+    def __post_init__(self):
+        transform = self.crops.training() if self.augment else self.crops.evaluation()
+        self.dataset = FolderImages(self.source, transform, self.augment, self.seed)
         self.set_epoch(0)
-        self.loader = self._loader(_Keys(self), persistent=True)
+        self.loader = self._loader(persistent=True)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -124,13 +114,13 @@ class FolderBatches(Batches):
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
-    def _loader(self, keys: Any, persistent: bool = False) -> DataLoader:
+    def _loader(self, persistent: bool) -> DataLoader:
         ignore_warnings_of_pillow()
         # --workers may exceed the number of cores.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return DataLoader(
             self.dataset,
-            batch_sampler=keys,
+            batch_sampler=[],  # ``_read`` fills it
             num_workers=self.workers,
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
@@ -139,11 +129,9 @@ class FolderBatches(Batches):
             generator=torch.Generator(),  # leaves the global random state alone
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._on_device(self.loader)
-
-    def _on_device(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, loader: DataLoader, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.runtime.device
+        loader.batch_sampler[:] = [(self.epoch, indices.numpy()) for indices in parts]
         try:
             for images, labels in loader:
                 images = images.to(device, non_blocking=True)
@@ -151,25 +139,14 @@ class FolderBatches(Batches):
         except InputError as error:  # a worker wraps its traceback around the message
             raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._read(self.loader, self._shares())
+
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
-        keys = [_keys(self.epoch, part) for part in indices.split(32)]  # work for every worker
-        images, labels = zip(*self._on_device(self._loader(keys)), strict=True)
+        parts = indices.split(32)  # so that every worker has something to do
+        images, labels = zip(*self._read(self._loader(persistent=False), parts), strict=True)
         return torch.cat(images), torch.cat(labels)
-
-
-def _keys(epoch: int, indices: Tensor) -> list[tuple[int, int]]:
-    return [(epoch, index) for index in indices.tolist()]
-
-
-class _Keys:
-    """A batch sampler of (epoch, index), because persistent workers do not hear of a new epoch."""
-
-    def __init__(self, batches: FolderBatches):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (_keys(self.batches.epoch, share) for share in self.batches._shares())
 
 
 def _start_worker(worker: int) -> None:
@@ -200,17 +177,14 @@ def folder_batches(
 ) -> Iterator[Data]:
     """The batches of a run; worker processes end with the block."""
     trained, held = hold_out(train, holdout)
-    crops = Crops(about.image_size, about.resize)
-    with ExitStack() as stack:
-
-        def batches(images: ImageSamples, limit: int | None, augment: bool) -> FolderBatches:
-            made = FolderBatches(
-                images, batch_size, crops, runtime, workers=workers, augment=augment, seed=seed,
-                limit=limit, normalisation=about.normalisation,
-            )  # fmt: skip
-            return stack.enter_context(closing(made))
-
-        yield Data(
-            batches(trained, limit_train, True), batches(val, limit_test, False),
-            batches(held, limit_test, False) if held else None, about,
-        )  # fmt: skip
+    batches = partial(
+        FolderBatches, batch_size=batch_size, crops=Crops(about.image_size, about.resize),
+        runtime=runtime, seed=seed, workers=workers, normalisation=about.normalisation,
+    )  # fmt: skip
+    made = [batches(trained, augment=True, limit=limit_train), batches(val, limit=limit_test)]
+    made.append(batches(held, limit=limit_test) if held else None)
+    try:
+        yield Data(*made, about)
+    finally:
+        for part in filter(None, made):
+            part.close()

@@ -24,10 +24,8 @@ def readable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{error.filename or place}: cannot be read ({error.strerror or error});"
-            " check the name and the permissions, or see --data_dir"
-        ) from None
+        what = f"{error.filename or place}: cannot be read ({error.strerror or error})"
+        raise InputError(f"{what}; check name and permissions, or see --data_dir") from None
 
 
 def list_folders(
@@ -73,8 +71,7 @@ def folder_identity(data_dir: str | Path, test_names: Sequence[str]) -> dict[str
     digest = hashlib.sha256()
     for path in paths:
         size = os.path.getsize(path) if len(paths) <= 100_000 else ""
-        name = Path(path).relative_to(data_dir).as_posix()
-        digest.update(os.fsencode(f"{name} {size}\n"))
+        digest.update(os.fsencode(f"{Path(path).relative_to(data_dir).as_posix()} {size}\n"))
     return {"data": f"{len(paths)} images ({digest.hexdigest()[:8]})"}
 
 
@@ -86,24 +83,18 @@ def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     """
     with readable(root):
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        for name in classes:
-            # Not UTF-8, or with control characters, which a terminal obeys.
-            if not name.isprintable():
-                raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
         if len(classes) < 2:
             found = f"only {classes[0]!r}" if classes else "none"
-            raise InputError(
-                f"{root} must hold one folder of images per class, of at least two classes; there"
-                f" is {found}; add one, or see --data_dir"
-            )
+            rule = "must hold one folder of images per class, of at least two classes"
+            raise InputError(f"{root} {rule}; there is {found}; add one, or see --data_dir")
         samples = []
         for label, name in enumerate(classes):
+            if not name.isprintable():  # not UTF-8, or control characters, which a terminal obeys
+                raise InputError(f"{root}: the class {name!r} cannot be printed; rename the folder")
             paths = [path for path in _files(root / name) if path.lower().endswith(IMG_EXTENSIONS)]
             if not paths:
-                raise InputError(
-                    f"{root / name}: there is no image; add some ({', '.join(IMG_EXTENSIONS)}),"
-                    " or remove the folder"
-                )
+                advice = f"add some ({', '.join(IMG_EXTENSIONS)}), or remove the folder"
+                raise InputError(f"{root / name}: there is no image; {advice}")
             samples += [(path, label) for path in paths]
     return samples, classes
 
@@ -124,10 +115,7 @@ def _files(top: Path) -> list[str]:
 
 
 def ignore_warnings_of_pillow() -> None:
-    """Pillow warns about odd files although it reads them.
-
-    Filters belong to the whole process, so call this once, before any thread reads.
-    """
+    """Pillow warns about files that it reads. Filters are process-wide: call before threads run."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

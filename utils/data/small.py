@@ -34,13 +34,8 @@ from utils.distributed import Runtime
 from utils.errors import InputError
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-NORMALISATIONS = {
-    "cifar10": CIFAR10_NORMALISATION,
-    "cifar100": Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "folder": CIFAR10_NORMALISATION,
-    "synthetic": CIFAR10_NORMALISATION,
-}
-DATASETS = tuple(NORMALISATIONS)
+CIFAR100_NORMALISATION = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 TEST_FOLDERS = ("test", "val")  # the first that exists serves
 TEST_BATCH = 500
 
@@ -97,13 +92,12 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
         classes, kinds = list(SYNTHETIC_CLASSES), ((5000, 0), (1000, 1))
         parts = [ImageSet(*synthetic_images(count, image_size, seed)) for count, seed in kinds]
     elif image_size != 32:
-        raise InputError(
-            f"--image_size {image_size}: {dataset} has images of 32 pixels; leave the flag out"
-        )
+        raise InputError(f"--image_size {image_size}: images of {dataset} have 32; leave it out")
     else:
         with readable(root):
             *parts, classes = _read_cifar(CIFAR10 if dataset == "cifar10" else CIFAR100, root)
-    return ImageData(*parts, classes, NORMALISATIONS[dataset])
+    usual = CIFAR100_NORMALISATION if dataset == "cifar100" else CIFAR10_NORMALISATION
+    return ImageData(*parts, classes, usual)
 
 
 def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
@@ -153,47 +147,37 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     with ThreadPool(os.cpu_count()) as pool:
         done = pool.imap(read, range(len(samples)))
         sizes = list(tqdm(done, "reading images", len(samples), leave=False, disable=None))
-    small = [size for size in sizes if min(size) < image_size]
-    if small:
+    if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
-        print(
-            f"warning: {len(small)} of {len(samples)} images are smaller than --image_size"
-            f" {image_size} and are enlarged; the smallest is {width}x{height}",
-            file=sys.stderr,
-        )
+        many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
+        print(f"warning: {many} and are enlarged (smallest: {width}x{height})", file=sys.stderr)
     labels = torch.tensor([label for _, label in samples])
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
 
 
+@dataclass(eq=False)
 class ImageBatches(Batches):
-    """Batches of images in memory; the arguments are attributes of ``Batches``.
+    """Batches of images in memory.
 
-    With ``augment``, images are shuffled, padded by an eighth of their side (4 pixels at 32),
-    cropped at random and flipped at random.
+    With ``augment``, they are padded by an eighth of their side, cropped and flipped at random.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        normalisation: Normalisation,
-        runtime: Runtime,
-        *,
-        augment: bool = False,
-        seed: int = 0,
-        limit: int | None = None,
-    ):
-        super().__init__(len(images), batch_size, normalisation, runtime, augment, seed, limit)
-        self.labels = images.labels.to(runtime.device)
-        self.size = images.images.shape[-1]
-        self.padding = self.size // 8 if augment else 0
-        padded = F.pad(images.images.to(runtime.device).contiguous(), (self.padding,) * 4)
+    source: ImageSet
+    normalisation: Normalisation
+    runtime: Runtime
+
+    def __post_init__(self):
+        device = self.runtime.device
+        self.labels = self.source.labels.to(device)
+        self.size = self.source.images.shape[-1]
+        self.padding = self.size // 8 if self.augment else 0
+        padded = F.pad(self.source.images.to(device).contiguous(), (self.padding,) * 4)
         # Crops are gathered by rows, which is several times as fast as by pixels: a view of every
         # run of S pixels, and where in this view the rows of the first crop of an image are.
         self.rows = padded.flatten().unfold(0, self.size, 1)
         self.image_stride, plane, self.line, _ = padded.stride()
         first = plane * torch.arange(3)[:, None] + self.line * torch.arange(self.size)
-        self.first_rows = first.flatten().to(runtime.device)
+        self.first_rows = first.flatten().to(device)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
@@ -234,8 +218,6 @@ def image_batches(
     trained, held = hold_out(images.train, holdout)
     common = about.normalisation, runtime
     train = ImageBatches(trained, batch_size, *common, augment=True, seed=seed, limit=limit_train)
-    test, held_out = (
-        ImageBatches(part, TEST_BATCH, *common, limit=limit_test) if part else None
-        for part in (images.test, held)
-    )
+    test = ImageBatches(images.test, TEST_BATCH, *common, limit=limit_test)
+    held_out = ImageBatches(held, TEST_BATCH, *common, limit=limit_test) if held else None
     return Data(train, test, held_out, about)
