@@ -322,6 +322,7 @@ def test_a_run_that_an_earlier_version_began_is_refused(trained):
     last = load_checkpoint(trained / "last.pth")
     earlier = {"stage": 1, "history": [], "story": {}, "epoch": 1, "batch": 0}
     save_checkpoint(trained / "last.pth", last.model, **{**last.meta, "training": earlier})
+    (trained / "last_previous.pth").unlink()
     (trained / "result.json").unlink()
     with pytest.raises(InputError, match="an earlier version began this run.*--overwrite"):
         run_train("--resume")

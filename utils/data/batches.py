@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -49,12 +49,29 @@ def _of_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(3, 1, 1) * 255
 
 
-@dataclass(eq=False)
-class Batches(ABC):
-    """(normalised images, labels) on a device, epoch after epoch.
+class Batches(Protocol):
+    """What training needs: (images, labels) on a device, epoch after epoch.
 
-    Images are (B, 3, S, S) float32, labels (B,) int64. Order and augmentation depend only on the
-    seed, the epoch and the image, so that a run can continue at any batch.
+    Images are (B, 3, S, S) float32, normalised; labels are (B,) int64. Order and augmentation must
+    depend only on the seed, the epoch and the image, so that a run can continue at any batch.
+    """
+
+    images: int  # how many there are
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order and the augmentation of an epoch, and begin with a later batch."""
+
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels at these places, with this epoch's augmentation."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(eq=False)
+class ShuffledBatches(ABC):
+    """``Batches`` that divide a sequence of images among the ranks, in a new order every epoch.
 
     Subclasses add the fields ``normalisation`` and ``runtime``, which says the device and the rank.
     """
@@ -71,8 +88,12 @@ class Batches(ABC):
         """How many there are."""
         return len(self.source)
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
-        """Draw the order of an epoch, to begin with a later batch; returns its random stream."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Draw the order of an epoch, to begin with a later batch."""
+        self._draw_order(epoch, first_batch)
+
+    def _draw_order(self, epoch: int, first_batch: int) -> torch.Generator:
+        """Draw the order, and return the random stream of the epoch for what else is drawn."""
         self.epoch, self.first_batch = epoch, first_batch
         stream, n = random_stream(self.seed, epoch), self.images
         self.order = torch.randperm(n, generator=stream) if self.augment else torch.arange(n)
@@ -80,7 +101,7 @@ class Batches(ABC):
 
     @abstractmethod
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and labels at these places, with this epoch's augmentation."""
+        """See ``Batches``."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...

@@ -23,7 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from utils.data.batches import About, Batches, Data, Normalisation, hold_out, random_stream
+from utils.data.batches import About, Data, Normalisation, ShuffledBatches, hold_out, random_stream
 from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
@@ -92,7 +92,7 @@ class FolderImages(Dataset):
 
 
 @dataclass(eq=False)
-class FolderBatches(Batches):
+class FolderBatches(ShuffledBatches):
     """Batches of images that are read from their files."""
 
     source: ImageSamples

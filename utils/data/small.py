@@ -20,7 +20,14 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.data.batches import About, Batches, Data, Normalisation, choose_normalisation, hold_out
+from utils.data.batches import (
+    About,
+    Data,
+    Normalisation,
+    ShuffledBatches,
+    choose_normalisation,
+    hold_out,
+)
 from utils.data.listing import (
     ImageSamples,
     folder_identity,
@@ -156,7 +163,7 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
 
 
 @dataclass(eq=False)
-class ImageBatches(Batches):
+class ImageBatches(ShuffledBatches):
     """Batches of images in memory.
 
     With ``augment``, they are padded by an eighth of their side, cropped and flipped at random.
@@ -180,14 +187,13 @@ class ImageBatches(Batches):
         self.first_rows = first.flatten().to(device)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> torch.Generator:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Draw order and augmentation of an epoch, all at once: no batch waits for the device."""
-        stream = super().set_epoch(epoch, first_batch)
+        stream = self._draw_order(epoch, first_batch)
         corners = torch.randint(2 * self.padding + 1, (self.images, 2), generator=stream)
         flips = torch.rand(self.images, generator=stream) < (0.5 if self.augment else 0)
         drawn = self.order, corners, flips
         self.order, self.corners, self.flips = (part.to(self.runtime.device) for part in drawn)
-        return stream
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
