@@ -2,10 +2,9 @@
 
     python -m experiments.torch_pruning_taylor --net gateresnet56 --macs 0.5 --epochs 10 --cosine
 
-Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. Coupled
-channels and their scores are Torch-Pruning's own: its ``GroupTaylorImportance`` with the default
-settings, of gradients in eval mode. As with all criteria, the lowest of the network go until the
-budget is met, residual streams included, and our surgery cuts them.
+Takes the flags of gfbs_cifar.py and writes the same files; needs requirements-dev.txt. Scores are
+those of Torch-Pruning's ``GroupTaylorImportance`` with its default settings, from gradients in eval
+mode. Selection and surgery are ours, as with every criterion.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ NAME = "torch-pruning taylor"
 
 
 class ShortcutPruner(torch_pruning.BasePruningFunc):
-    """Tells Torch-Pruning that both sides of a shortcut are cut independently, as a convolution's.
+    """Tells Torch-Pruning that input and output channels of a shortcut are cut independently.
 
     Without it, the graph cannot be followed through the shortcut.
     """
 
     def prune_out_channels(self, layer: PadShortcut, idxs: Sequence[int]) -> PadShortcut:
-        keep_outputs(layer, _others(idxs, self.get_out_channels(layer)))
+        keep_outputs(layer, torch.tensor(sorted({*range(len(layer.source))} - {*idxs})))
         return layer
 
     def prune_in_channels(self, layer: PadShortcut, idxs: Sequence[int]) -> PadShortcut:
-        keep_inputs(layer, _others(idxs, self.get_in_channels(layer)))
+        keep_inputs(layer, torch.tensor(sorted({*range(layer.in_channels)} - {*idxs})))
         return layer
 
     def get_out_channels(self, layer: PadShortcut) -> int:
@@ -55,22 +54,17 @@ class ShortcutPruner(torch_pruning.BasePruningFunc):
         return layer.in_channels
 
 
-def _others(idxs: Sequence[int], width: int) -> Tensor:
-    return torch.tensor(sorted({*range(width)} - {*idxs}))
-
-
 def dependency_graph(model: nn.Module, images: Tensor) -> torch_pruning.DependencyGraph:
-    """Torch-Pruning's view of a gated model, with its gates folded; gates are left uncut."""
+    """Torch-Pruning's view of a gated model; gates are not part of it."""
+    pruners, graph = {PadShortcut: ShortcutPruner()}, torch_pruning.DependencyGraph()
     with folded_gates(model):
-        return torch_pruning.DependencyGraph().build_dependency(
-            model, images[:2], customized_pruners={PadShortcut: ShortcutPruner()}, verbose=False
-        )
+        return graph.build_dependency(model, images[:2], customized_pruners=pruners, verbose=False)
 
 
 def torch_pruning_saliency(
     model: GatedModel, images: Tensor, labels: Tensor, **_: Any
 ) -> dict[str, Tensor]:
-    """In the place of ``channel_saliency``: the importance (C,) of each group, by its name.
+    """Replaces ``channel_saliency``: the importance (C,) of each group, by its name.
 
     Raises ValueError where Torch-Pruning couples other channels than the network does.
     """
@@ -92,7 +86,7 @@ def torch_pruning_saliency(
 
 
 def known() -> AbstractContextManager:
-    """Makes the criterion known to the flags and the scoring of gfbs_cifar.py for a while."""
+    """Adds the criterion to those of gfbs_cifar.py inside this context."""
     return mock.patch.dict(CRITERIA, {NAME: Criterion(torch_pruning_saliency, gradients="norms")})
 
 

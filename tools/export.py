@@ -3,11 +3,10 @@
     python -m tools.export checkpoints/gatevgg16/gfbs_p0.7_seed1/last.pth
     python -m tools.export checkpoints/gatevgg16/model_best.pth --format onnx
 
-pt2 needs torch alone to be loaded, torch.export.load(FILE).module(), and none of this project; onnx
-needs requirements-export.txt. Gates are dropped and BatchNorm is folded into the convolutions; a
-batch can have any size. The file is written only if its logits are those of the checkpoint.
-FILE.json beside it describes input and output; where the checkpoint does not say how pixels are
-normalised, --mean and --std do.
+To load a pt2 file, torch is enough: torch.export.load(FILE).module(). --format onnx needs
+requirements-export.txt. Gates are removed and BatchNorm is folded into the convolutions. A batch
+can have any size. The file is written only if its logits are those of the checkpoint. FILE.json
+describes input and output; give --mean and --std if the checkpoint does not know them.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from utils.files import write_atomically, write_json
 
 TOLERANCE = 1e-5  # max |a - b| / max |a|
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,8 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint of any kind that this project loads")
     parser.add_argument("--format", choices=tuple(FORMATS), default="pt2", help="of the file")
     parser.add_argument("--output", metavar="FILE", help="(default: beside the checkpoint)")
-    parser.add_argument("--image_size", type=count, metavar="PIXELS",
-                        help="side of the images (default: as the checkpoint says)")  # fmt: skip
+    parser.add_argument("--image_size", type=count, help="in pixels (default: the checkpoint's)")
     flags.add_normalisation_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
@@ -55,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Export, verify, write; returns what FILE.json says."""
+    """Export, compare the logits, write; returns the content of FILE.json."""
     source = Path(args.checkpoint)
     checkpoint = load_checkpoint(source)
     target = Path(args.output) if args.output else source.with_suffix(f".{args.format}")
@@ -73,10 +72,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     content, run = FORMATS[args.format](deployable(checkpoint.model), size)
     difference = largest_difference(checkpoint.model, run, size)
     if not difference <= TOLERANCE:
-        raise RunError(
-            f"{source}: the exported network's logits differ by {difference:.1e} of the largest,"
-            f" more than {TOLERANCE:g}; nothing is written"
-        )
+        found = f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}"
+        raise RunError(f"{source}: the exported network's {found}; nothing is written")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda file: file.write(content))
@@ -92,27 +89,23 @@ def describe(
 ) -> dict[str, Any]:
     """What a user has to know: input, output, cost, and where the network comes from."""
     model, meta = checkpoint.model, checkpoint.meta
-    cost = model_cost(model, size)
+    cost, digest = model_cost(model, size), hashlib.sha256(source.read_bytes()).hexdigest()
+    normalisation = typed.as_dict() if typed else meta.get("normalisation")
     return {
         "net": model.net,
-        "input": {
-            "name": "images", "shape": ["batch", 3, size, size], "type": "float32",
-            "normalisation": typed.as_dict() if typed else meta.get("normalisation"),
-        },
+        "input": {"name": "images", "shape": ["batch", 3, size, size], "type": "float32",
+                  "normalisation": normalisation},
         "output": {"name": "logits", "shape": ["batch", model.num_classes]},
-        "classes": meta.get("classes"),
-        "macs": cost.macs,
-        "params": cost.params,
-        "accuracy": meta.get("accuracy"),
-        "tested_on": meta.get("tested_on", "test"),
-        "source": {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
-        "torch": torch.__version__,
+        "classes": meta.get("classes"), "macs": cost.macs, "params": cost.params,
+        "accuracy": meta.get("accuracy"), "tested_on": meta.get("tested_on", "test"),
+        "source": {"file": source.name, "sha256": digest}, "torch": torch.__version__,
     }  # fmt: skip
 
 
 def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size: int) -> float:
-    """max |a - b| / max |a| of the checkpoint's and the export's logits for normalised noise, over
-    several batch sizes; infinite where a network has no logits to compare.
+    """The largest max |a - b| / max |a| of both networks' logits for noise, over batch sizes.
+
+    Infinite where the logits are all 0, not a number, or of another shape.
     """
     stream = torch.Generator().manual_seed(0)
     model, found = model.float().eval(), []
@@ -128,14 +121,12 @@ def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size:
 
 def to_pt2(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     """The file's content, and the network read back from it."""
-    images = torch.randn(2, 3, size, size)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # torch warns of weights in channels_last, and yet stores them whole.
+        # torch warns about weights in channels_last, but stores them completely.
         warnings.filterwarnings("ignore", "No complete tensor found")
         file = Path(folder) / "network.pt2"
-        batch = torch.export.Dim("batch")
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
-        torch.export.save(program, file)
+        example = (torch.randn(2, 3, size, size),)
+        torch.export.save(torch.export.export(network, example, dynamic_shapes=ANY_BATCH), file)
         return file.read_bytes(), torch.export.load(file).module()
 
 
@@ -143,18 +134,16 @@ def to_onnx(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], 
     """The file's content, and the network as onnxruntime reads it."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"--format onnx needs {', '.join(missing)}: pip install -r requirements-export.txt"
-        )
+        how = "pip install -r requirements-export.txt"
+        raise InputError(f"--format onnx needs {', '.join(missing)}: {how}")
     import onnxruntime
 
-    images = torch.randn(2, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
+        names = {"input_names": ["images"], "output_names": ["logits"]}
         torch.onnx.export(
-            network, (images,), file, dynamo=True, external_data=False, verbose=False,
-            input_names=["images"], output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            network, (torch.randn(2, 3, size, size),), file, dynamo=True, external_data=False,
+            verbose=False, dynamic_shapes=ANY_BATCH, **names,
         )  # fmt: skip
         content = file.read_bytes()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
