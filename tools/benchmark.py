@@ -260,8 +260,7 @@ def main(args: Args) -> list[dict[str, Any]] | tuple[int, int]:
         torch.cuda.set_device(runtime.device)  # the one that the timer waits for
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler
     print(f"{runtime}; torch {torch.__version__}; {args.rounds} rounds", flush=True)
-    comparisons = []
-    compare = partial(measures.compare, rounds=args.rounds, profiled=args.profile)
+    compare, comparisons = partial(measures.compare, rounds=args.rounds, profiled=args.profile), []
     for comparison in ask(args, runtime, compare):
         comparisons.append(comparison)
         print(f"\n{measures.as_text(comparison)}", flush=True)

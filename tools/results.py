@@ -93,17 +93,14 @@ def heading(path: Path) -> tuple[str, str]:
 def facts(trials: Sequence[Trial]) -> str:
     """Where the numbers come from, as a list."""
 
-    def values(name: str, none: str = "not recorded", of: Sequence[Trial] = trials) -> str:
-        return _plain(", ".join(sorted({t.get(name) or none for t in of}, key=natural)))
+    def values(name: str, none: str = "not recorded") -> str:
+        return _plain(", ".join(sorted({t.get(name) or none for t in trials}, key=natural)))
 
-    numbers = sorted(float(t["top1_baseline"]) for t in trials if t.get("top1_baseline"))
-    ends = dict.fromkeys(f"{number:.2f} %" for number in numbers[:1] + numbers[-1:])
-    told = [trial for trial in trials if trial.get("baseline_epochs")]
-    how = f", trained for {values('baseline_epochs', of=told)} epochs" * bool(told)
     return (
         f"- Data: {values('dataset')}; classes {values('classes')}; images of"
         f" {values('image_size')} pixels; fingerprint {values('data')}\n"
-        f"- Baseline: top-1 {' to '.join(ends) or '-'}{how}; weights {values('baseline')}\n"
+        f"- Baseline: trained for {values('baseline_epochs', '?')} epochs; weights"
+        f" {values('baseline')}\n"
         f"- Fine-tuned for {values('epochs', '0')} epochs; precision {values('amp', 'float32')}\n"
         f"- Threads: {values('threads')}; torch {values('torch')}; commit {values('commit')}\n"
     )
@@ -125,8 +122,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
-    if (args.plot or args.page) and not find_spec("matplotlib"):  # before anything is written
-        raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
+    if args.plot or args.page:
+        if not find_spec("matplotlib"):
+            raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
+        from tools import plots
     paths = [Path(name) for name in args.inputs if name.endswith(".csv")]
     folders = [Path(name) for name in args.inputs if not name.endswith(".csv")]
     results = []
@@ -140,15 +139,15 @@ def main(args: argparse.Namespace) -> Tables:
     tables: Tables = {path: merge([], read_csv(path)) for path in sorted(paths)}
     if args.page:
         for path in filter(tables.get, tables):
-            _draw(tables[path], Path(args.page).with_name(f"{path.stem}.svg"), "--page")
+            target = Path(args.page).with_name(f"{path.stem}.svg")
+            _write(target, "--page", plots.plot(tables[path], "svg"))
         _write(Path(args.page), "--page", page(tables).encode())
         return tables
     if results:
         tables[Path("Folders")] = merge([], filter(None, results))
     trials = sum(tables.values(), [])
     if not trials:
-        unpruned = f", but {len(results)} of unpruned networks" * bool(results)
-        raise InputError(f"no pruning run in {', '.join(args.inputs)}{unpruned}")
+        raise InputError(f"no pruning run in {', '.join(args.inputs)}")
     if args.csv:
         path = Path(args.csv)
         trials = merge(read_csv(path) if path.exists() else [], trials)
@@ -160,14 +159,9 @@ def main(args: argparse.Namespace) -> Tables:
     if None in results:
         print(f"Left out: {results.count(None)} result.json of unpruned networks.")
     if args.plot:
-        _draw(merge([], trials), Path(args.plot), "--plot")
+        kind = Path(args.plot).suffix[1:]
+        _write(Path(args.plot), "--plot", plots.plot(merge([], trials), kind))
     return tables
-
-
-def _draw(trials: Sequence[Trial], path: Path, flag: str) -> None:
-    from tools.plots import plot  # needs matplotlib
-
-    _write(path, flag, plot(trials, path.suffix[1:]))
 
 
 def _write(path: Path, flag: str, content: bytes) -> None:

@@ -193,12 +193,12 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
 
 def natural(text: str) -> list[tuple[bool, float, str]]:
     """A sort key: numbers within a text are compared by value."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)  # every second part is a number
     return [(i % 2 == 1, float(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 class Spread(NamedTuple):
-    """Mean, and sample standard deviation; None of a single value."""
+    """Mean and sample standard deviation; the latter is None for a single value."""
 
     mean: float
     deviation: float | None
