@@ -4,23 +4,27 @@ memory than training. Nothing here is timed.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
 import torch
-from helpers import CPU, make_folder, random_batch, relative_difference
+from helpers import CPU, make_folder, random_batch, random_model, relative_difference
 from torch.utils.benchmark import Timer
 
 from tools import benchmark, measures
+from utils.checkpoint import save_checkpoint
 from utils.cost import model_cost
 from utils.errors import InputError
+from utils.pruning import PruningPlan
+from utils.surgery import prune
 
 TINY = ["--net", "gateresnet20", "--bs", "4", "--image_size", "8"]
 
 
 def run(*argv):
     args = benchmark.parse_args([*argv, "--rounds", "1", "--device", "cpu"])
-    return benchmark.main(args)
+    return benchmark.main(args)["comparisons"]
 
 
 @pytest.fixture
@@ -106,22 +110,30 @@ def test_both_ways_of_pruning_prune(outcomes, monkeypatch):
     assert list(comparison["facts"].values()) == [1, 1, 1]
 
 
-def test_exported_networks_give_the_same_logits(outcomes):
-    one, many = run("infer", *TINY, "--p", "0.5", "--round_to", "1")
-    assert (one["title"], many["title"]) == ("gateresnet20, batch 1", "gateresnet20, batch 4")
+def test_exported_networks_give_the_same_logits(tmp_path, outcomes):
+    model = random_model("gateresnet20")
+    save_checkpoint(tmp_path / "whole.pth", model)
+    half = {name: list(range(width // 2)) for name, width in model.group_widths().items()}
+    save_checkpoint(tmp_path / "half.pth", prune(model, PruningPlan(half)))
+    files = ["--checkpoint", str(tmp_path / "whole.pth"), "--pruned", str(tmp_path / "half.pth")]
+    one, many = run("infer", "--bs", "2", "--image_size", "8", *files)
+    assert (one["title"], many["title"]) == ("gateresnet20, batch 1", "gateresnet20, batch 2")
     for logits in outcomes.values():
         for name in ("unpruned", "pruned"):
             assert relative_difference(logits[name], logits[f"{name}, exported"]) < 1e-5
     fewer = one["facts"]["fewer multiply-adds, times"]
-    assert 1.2 < fewer < 4
+    assert 3.5 < fewer < 4
     # Made-up seconds: 6 / 3 for the exported network, 6 / 4 for the pruned one.
     assert one["facts"]["share of it that becomes time"] == pytest.approx(4 / 3 / fewer, abs=1e-3)
 
 
-def test_ranks_are_compared():
-    (comparison,) = run("scale", *TINY, "--batches", "1")
+def test_ranks_are_compared_and_all_is_written(tmp_path):
+    file = tmp_path / "a.json"
+    (comparison,) = run("scale", *TINY, "--batches", "1", "--json", str(file))
     names = [row["name"] for row in comparison["contenders"]]
     assert names == ["1 rank", "2 ranks", "1 rank, 2 threads"] and comparison["images"] == 4
+    written = json.loads(file.read_text())
+    assert written["comparisons"] == [comparison] and written["versions"]["torch"]
 
 
 def test_memory_is_said_in_a_line(capsys):
@@ -150,6 +162,9 @@ def test_pruning_takes_no_more_memory_than_the_pass(net):
         (["train", "--net", "gatevgg16", "--image_size", "16"], "do not fit gatevgg16"),
         (["prune", "--image_size", "8"], "do not fit gatevgg16"),
         (["scale", "--bs", "3"], "--bs 3 does not divide by the 2 ranks"),
+        (["prune", *TINY, "--json", "nowhere/a.json"], "nowhere/a.json: cannot be written"),
+        (["prune", *TINY, "--json", "."], "cannot be written"),
+        (["infer", "--checkpoint", "a.pth"], "--checkpoint and --pruned go together"),
     ],
 )
 def test_bad_input(argv, message):

@@ -93,7 +93,7 @@ def read(path):
 def printed(text):
     """The table of a text, as a dictionary per row."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
     names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -204,10 +204,11 @@ def test_a_copied_folder_counts_once_and_a_contradiction_is_refused(tmp_path):
 
 def test_fine_tuned_is_the_last_epoch_or_the_one_that_a_holdout_chose(show):
     last = {"p": 0.3, "accuracy": {"last": 41}}
+    assert "holdout," not in show([last]).split("|")[-1]
     held = {"holdout": {"images": 100}, "accuracy": {"best": 42}, "config": {"holdout": 100}}
-    rows = printed(show([last, held]))
-    tuned = {("holdout 100" in row["settings"], row["fine-tuned"]) for row in rows}
-    assert tuned == {(False, "41.00"), (True, "42.00")}
+    text = show([last, held])
+    assert {row["fine-tuned"] for row in printed(text)} == {"41.00", "† 42.00"}
+    assert "chosen on the holdout" in text
 
 
 def test_rows_are_in_order_of_criteria_and_sizes(tmp_path):
@@ -222,6 +223,16 @@ def test_what_was_asked_for(show):
     sizes = ({"macs": 0.55}, {"params": 0.2}, {"p": 0.35}, {"p": 0.0})
     rows = printed(show([{"config": {"p": None, **size}} for size in sizes]))
     assert {row["asked"] for row in rows} == {"MACs 55 %", "params 20 %", "p 0.35", "p 0"}
+
+
+def test_a_table_stays_narrow_whatever_differs(show):
+    runs = []
+    for i in range(12):
+        config = {f"flag_number_{j}": i * j for j in range(30)} | {"net": "net" * i, "dataset": "d"}
+        runs += [{"criterion": "c" * 9 * i, "method": f"{i} steps", "config": config},
+                 {"seed": 2, "config": config, "p": i / 20}]  # fmt: skip
+    text = show(runs)
+    assert len(printed(text)) == 24 and "flag_number_29 319" in text
 
 
 EVIL = {

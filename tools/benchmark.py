@@ -1,4 +1,4 @@
-"""Measure speed and memory on this machine: ours against the usual way, in one process, in turn.
+"""Measure how fast it is, here and now: ours against the usual way, in one process, in turn.
 
     python -m tools.benchmark data --folder my_images/train
     python -m tools.benchmark train --net gatevgg16
@@ -7,8 +7,9 @@
     python -m tools.benchmark scale --net gateresnet56
     python -m tools.benchmark memory --net resnet50
 
-Tables give medians, interquartile ranges, and the speed as a multiple of the first line's: the
-ratio of the medians, with the lowest and the highest ratio of a single round. Close other programs.
+Tables give medians, interquartile ranges, and how many times as fast as the first line the others
+are: the ratio of the medians, with the lowest and the highest ratio of a single round. Close other
+programs first; what a table says is about this machine.
 """
 
 from __future__ import annotations
@@ -45,19 +46,22 @@ from utils.data.listing import list_images
 from utils.data.small import ImageBatches
 from utils.distributed import Acceleration, Runtime, leave, select_runtime
 from utils.errors import InputError
+from utils.files import write_json
 from utils.finetune import Trainer
+from utils.run.provenance import command_line, versions
 
 Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
-BF16 = "--amp bf16 --channels_last"
-SPEEDUPS = ("", "--channels_last", "--channels_last --compile --fused",
-            BF16, f"{BF16} --compile", f"{BF16} --compile --fused")  # fmt: skip
+SPEEDUPS = (  # the flags of train.py
+    "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
+    "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
+)  # fmt: skip
 
 
 def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """Images loaded per second: ours against PIL images one by one from a DataLoader.
+    """How many images a second come in: ours against PIL images one by one from a DataLoader.
 
-    Small images are in memory. With --folder, large images are measured, too.
+    Small images are in memory. With --folder, large ones, too, by as many worker processes.
     """
     samples = list_images(Path(args.folder))[0] if args.folder else []
     ours, images = measures.noise_batches(args.images, args.bs, 32, runtime)
@@ -75,26 +79,29 @@ def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
 
 def ways_in(usual: VisionDataset, crop: Any, ours: Any, workers: int) -> dict[str, Callable]:
     """An epoch of the same images through either."""
-    device = ours.runtime.device
-    normalise = transforms.Normalize(ours.normalisation.mean, ours.normalisation.std)
-    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
-    usual.transform = transforms.Compose(steps)
-    # Workers stay, as ours do: starting them is not measured.
+    device, pixels = ours.runtime.device, ours.normalisation
+    usual.transform = transforms.Compose([
+        crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(pixels.mean, pixels.std),
+    ])  # fmt: skip
+    # Workers stay, as ours do, so that starting them is not on the clock.
     options = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
     loader = DataLoader(usual, ours.batch_size, shuffle=True, num_workers=workers, **options)
 
     def send(batch: Iterable[Tensor]) -> list[Tensor]:
         return [part.to(device, non_blocking=True) for part in batch]
 
-    def our_epoch() -> None:
-        ours.set_epoch(0)
-        measures.exhaust(ours)
-
-    return {"PIL one by one": lambda: measures.exhaust(map(send, loader)), "ours": our_epoch}
+    return {
+        "PIL one by one": lambda: measures.exhaust(map(send, loader)),
+        "ours": lambda: measures.exhaust(ours.set_epoch(0) or ours),
+    }
 
 
 def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """Images trained per second: our loop against a plain one, eager, in float32, without gates."""
+    """How many images a second train: our loop against a plain one, eager, in float32.
+
+    The plain loop runs the network without gates and asks for the loss and the hits of every batch.
+    """
     plain = measures.training(args, runtime, gates=False)
     runs = {"plain loop": partial(measures.plain_epoch, *plain)}
     for flags in SPEEDUPS:
@@ -107,10 +114,10 @@ def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
 
 
 def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """Time and memory to score, select and cut, against a forward and backward pass of that batch.
+    """What it costs to score, select and cut, against one bare forward and backward of that batch.
 
-    torch-pruning (dependency graph, Taylor importance, prune) and the pass run without gates.
-    Memory: the most that was allocated in addition to network and batch.
+    Beside it torch-pruning: dependency graph, Taylor importance, prune. It and the bare pass run
+    without gates. Memory is the most that was allocated on top of network and batch.
     """
     batch = measures.noise_batch(args, runtime)
     runs = {"forward and backward": measures.forward_backward, "ours": measures.score_select_cut}
@@ -129,25 +136,27 @@ def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
 
 
 def infer(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """Time to classify a batch: unpruned and pruned, as they are and exported to pt2.
+    """How long a batch takes to classify: unpruned and pruned, as they are and exported to pt2.
 
-    The share of the multiply-adds' ratio that becomes time is (t0 / t) / (m0 / m), of the exported
-    pruned network against the exported unpruned one. Weights are fresh and scored on noise.
+    The share of the multiply-adds' ratio that becomes real time is (t0 / t) / (m0 / m), of the
+    exported pruned network against the exported unpruned one. Fresh weights are scored on noise;
+    --checkpoint and --pruned take a network that was really pruned.
     """
-    batch, size = measures.noise_batch(args, runtime), measures.image_size(args)
-    model = measures.fresh_model(args.net).to(runtime.device)
-    pruned = measures.score_select_cut(copy.deepcopy(model), *batch, args.p, args.round_to)
-    networks = {"unpruned": model.eval(), "pruned": pruned.eval()}
-    before, after = (model_cost(model, size).macs / 1e6 for model in networks.values())
+    networks, size = dict(measures.before_and_after(args, runtime)), measures.image_size(args)
+    before, after = (model_cost(model.eval(), size).macs / 1e6 for model in networks.values())
     for name, model in list(networks.items()):  # as a user of the .pt2 file has it: read back
         networks[f"{name}, exported"] = to_pt2(deployable(model.cpu()), size)[1]
-    runs = {n: torch.inference_mode()(m.to(runtime.device).forward) for n, m in networks.items()}
-    for part in (batch[0][:1], batch[0])[args.bs == 1 :]:
+    runs = {
+        name: torch.inference_mode()(network.to(runtime.device).forward)
+        for name, network in networks.items()
+    }
+    images, _ = measures.noise_batch(args, runtime)
+    for part in (images[:1], images)[args.bs == 1 :]:
         title, take = f"{args.net}, batch {len(part)}", partial(lambda part, _: (part,), part)
         comparison = compare(title, len(part), runs, prepare=take, seconds=0.1)
         times = {row["name"]: row["seconds"] for row in comparison["contenders"]}
-        ways = (("unpruned, exported", "pruned, exported"), ("pruned", "pruned, exported"))
-        faster, folded = (measures.speed(times[a], times[b]) for a, b in ways)
+        faster = measures.speed(times["unpruned, exported"], times["pruned, exported"])
+        folded = measures.speed(times["pruned"], times["pruned, exported"])
         text = "{:.2f} ({:.2f}, {:.2f})"
         comparison["facts"] |= {
             "multiply-adds, M": f"{before:.1f} -> {after:.1f}",
@@ -160,14 +169,14 @@ def infer(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
 
 
 def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """Images trained per second on one rank and on two, which share every batch.
+    """How many images a second train on one rank and on two, which share every batch.
 
-    On the CPU a rank has one thread, and one rank of two threads is measured, too.
+    On the CPU a rank has one thread, and one rank with two is measured beside it.
     """
     replace(runtime, world_size=RANKS).share(args.bs, "--bs")
     if runtime.device.type != "cpu" and torch.cuda.device_count() < RANKS:
         raise InputError(f"{RANKS} ranks need {RANKS} GPUs; --device cpu does without")
-    measures.image_size(args)  # raises here, not in a rank, if the images do not fit
+    measures.image_size(args)  # so that images that do not fit are found out here
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (args, runtime.device.type, compare, folder), RANKS)
         yield torch.load(f"{folder}/comparison")
@@ -197,13 +206,14 @@ def _rank(rank: int, args: Args, device: str, compare: Compare, folder: str) -> 
 
 
 def memory(args: Args) -> tuple[int, int]:
-    """Memory per image for the backward pass: the tensors that autograd saves, in float32.
+    """How much memory an image in training and and in scoring: bytes kept for the backward pass.
 
-    Weights, gradients and optimiser need 12 bytes per parameter in addition.
+    Counted from the tensors that autograd saves in float32, on shapes without data. Optimiser,
+    gradients and weights come on top: 12 bytes a parameter together.
     """
     plain, checkpointed = measures.saved_bytes(build_model(args.net), args.image_size)
-    sizes = f"{plain / 1e6:.1f}, with --checkpoint_activations {checkpointed / 1e6:.1f}"
-    print(f"{args.net} at {args.image_size} pixels, MB an image: {sizes}")
+    print(f"{args.net} at {args.image_size} pixels, MB an image: {plain / 1e6:.1f}"
+          f", with --checkpoint_activations {checkpointed / 1e6:.1f}")  # fmt: skip
     return plain, checkpointed
 
 
@@ -212,11 +222,12 @@ QUESTIONS: dict[Callable, dict[str, Any]] = {  # the flags of each, and their de
     data: {"images": 20000, "bs": 128, "workers": 2, "folder": None},
     train: {"net": "gatevgg16", "bs": 128, "image_size": None, "batches": 5, "no_compile": False},
     prune: {"net": "gatevgg16", "bs": 200, "image_size": None, "p": 0.5},
-    infer: {"net": "gatevgg16", "bs": 64, "image_size": None, "p": 0.5, "round_to": 8},
+    infer: {"net": "gatevgg16", "bs": 64, "image_size": None, "p": 0.5, "round_to": 8,
+            "checkpoint": None, "pruned": None},
     scale: {"net": "gateresnet20", "bs": 128, "image_size": None, "batches": 5},
     memory: {"net": "resnet50", "image_size": 224},
 }
-TIMED = {"rounds": 7, "profile": False}
+TIMED = {"rounds": 7, "profile": False, "json": None}
 FLAGS = {
     "net": (network(list(NETWORKS)), "the network"),
     "bs": (count, "images in a batch"),
@@ -228,8 +239,11 @@ FLAGS = {
     "no_compile": (bool, "leave the compiled ones out"),
     "p": (ratio, "how much is cut of fresh weights"),
     "round_to": (count, "widths in multiples of it"),
+    "checkpoint": (str, "file of the unpruned network; takes the place of --net"),
+    "pruned": (str, "file of the same network pruned; goes with --checkpoint"),
     "rounds": (count, "how often each contender is timed"),
-    "profile": (bool, "show which operators take the time, too"),
+    "profile": (bool, "look at what the time is spent on, too"),
+    "json": (str, "write every single time into this file, too"),
 }
 # fmt: on
 
@@ -249,22 +263,32 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     return parser.parse_args(argv)
 
 
-def main(args: Args) -> list[dict[str, Any]] | tuple[int, int]:
-    """Measure, print, and return what ``compare`` says of every comparison."""
+def main(args: Args) -> dict[str, Any] | tuple[int, int]:
+    """Measure, print, and return what the file of --json says."""
     ask = next(ask for ask in QUESTIONS if ask.__name__ == args.question)
     if ask is memory:
         return memory(args)
+    if args.json and (
+        os.path.isdir(args.json) or not os.access(Path(args.json).resolve().parent, os.W_OK)
+    ):
+        raise InputError(
+            f"--json {args.json}: cannot be written; name a file in an existing folder"
+        )
     runtime = select_runtime(args.device, args.gpu)
     runtime = replace(runtime, gpus=runtime.gpus[:1])  # one against one
     if runtime.gpus:
         torch.cuda.set_device(runtime.device)  # the one that the timer waits for
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler
-    print(f"{runtime}; torch {torch.__version__}; {args.rounds} rounds", flush=True)
-    compare, comparisons = partial(measures.compare, rounds=args.rounds, profiled=args.profile), []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler has much to say
+    print(f"{runtime}; {args.rounds} rounds", flush=True)
+    result = {"command": command_line(), "versions": versions(), "device": str(runtime),
+              "processor": torch.backends.cpu.get_cpu_capability(), "comparisons": []}  # fmt: skip
+    compare = partial(measures.compare, rounds=args.rounds, profiled=args.profile)
     for comparison in ask(args, runtime, compare):
-        comparisons.append(comparison)
+        result["comparisons"].append(comparison)
         print(f"\n{measures.as_text(comparison)}", flush=True)
-    return comparisons
+    if args.json:
+        write_json(args.json, result)
+    return result
 
 
 if __name__ == "__main__":

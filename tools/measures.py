@@ -1,11 +1,12 @@
-"""Parts of the benchmark: timing in turn, memory, networks and made-up images."""
+"""What the benchmark is made of: timing in turn, memory, networks and made-up images."""
 
 from __future__ import annotations
 
+import copy
 import gc
 from argparse import Namespace as Args
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -17,9 +18,11 @@ from torch.profiler import profile
 from torch.utils.benchmark import Measurement, Timer
 
 from models import IMAGENET_NETWORKS, Gate, GatedModel, build_model
+from utils.checkpoint import load_checkpoint
 from utils.cost import model_cost
 from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
 from utils.distributed import Runtime
+from utils.errors import InputError
 from utils.finetune import Trainer
 from utils.metrics import RunningMetrics
 from utils.pruning import select_channels
@@ -34,29 +37,31 @@ def compare(
     title: str, images: int, runs: Mapping[str, Callable[..., Any]], *, rounds: int,
     profiled: bool = False, prepare: Callable[[str], tuple] = lambda name: (), seconds: float = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time the runs in turn; in every round, each runs once to warm up and once timed.
+    """Time the runs in turn, each once off the clock and once on it in every round.
 
-    Every round begins with another run, so that other programs disturb all runs alike.
-    A run handles ``images`` and gets the arguments that ``prepare(name)`` makes, untimed. Short
-    runs are repeated until a round has measured ``seconds``; 0 means one run. ``profiled``: each
-    runs once more, to show which operators take the time.
+    Every round begins with another one, so that what else the machine does disturbs all alike.
+    Each goes through ``images`` with the arguments that ``prepare`` makes for its name, off the
+    clock. Short runs are repeated until a round has measured ``seconds`` of them; 0 means one run.
+    ``profiled``: each runs once more, to show which operators take the time.
     """
     names, rows, profiles = list(runs), [], {}
     times: dict[str, list[Measurement]] = {name: [] for name in names}
     for turn in range(rounds):
         turn %= len(names)
         for name in names[turn:] + names[:turn]:
-            known = {"run": runs[name], "prepare": prepare, "name": name}
-            options = {"globals": known, "num_threads": torch.get_num_threads()}
-            timer = Timer("run(*arguments)", "arguments = prepare(name)", **options)
+            timer = Timer(
+                "run(*arguments)", "arguments = prepare(name)",
+                globals={"run": runs[name], "prepare": prepare, "name": name},
+                num_threads=torch.get_num_threads(),
+            )  # fmt: skip
             times[name].append(timer.blocked_autorange(min_run_time=seconds))
     for name, results in times.items():
         per_round = [result.median for result in results]
-        ratio, lowest, highest = speed(rows[0]["seconds"] if rows else per_round, per_round)
+        middle, iqr = median(per_round), Measurement.merge(results)[0].iqr
+        ratio, lowest, highest = speed([result.median for result in times[names[0]]], per_round)
         rows.append({
-            "name": name, "seconds": per_round, "median": median(per_round),
-            "iqr": Measurement.merge(results)[0].iqr,
-            "images_per_second": images / median(per_round),
+            "name": name, "seconds": per_round, "median": middle, "iqr": iqr,
+            "images_per_second": images / middle,
             "speed": ratio, "speed_lowest": lowest, "speed_highest": highest,
         })  # fmt: skip
     for name in names if profiled else ():
@@ -69,7 +74,9 @@ def compare(
 
 
 def speed(reference: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
-    """Reference over time: the ratio of the medians, the lowest and the highest of a round."""
+    """How many times as fast as the reference: the ratio of the medians, and the lowest and the
+    highest ratio of a round.
+    """
     ratios = [a / b for a, b in zip(reference, times, strict=True)]
     return median(reference) / median(times), min(ratios), max(ratios)
 
@@ -88,7 +95,7 @@ def as_text(comparison: Mapping[str, Any]) -> str:
 
 
 def peak_bytes(run: Callable[..., Any], arguments: tuple, device: torch.device) -> int:
-    """The most that was allocated at any moment of a run, in addition to what was there before."""
+    """The most that was allocated at any moment of a run, on top of what there was before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,9 +111,10 @@ def peak_bytes(run: Callable[..., Any], arguments: tuple, device: torch.device) 
 
 
 def saved_bytes(model: GatedModel, image_size: int) -> tuple[int, int]:
-    """Bytes that one image keeps for the backward pass, without and with activation checkpointing.
+    """Bytes that one image keeps for the backward pass, plainly and with activation checkpointing.
 
-    With it: what is saved outside of the blocks, every block's input, and the largest block.
+    With checkpointing that is what is saved outside of the blocks, every block's input,
+    and the inside of the one block that is being computed again.
     """
     images = 2**20  # only shapes; beside so many, weights and other constants do not count
     total, places, alive = Counter(), ["outside"], {}
@@ -145,7 +153,7 @@ def image_size(args: Args) -> int:
 
 
 def fresh_model(net: str, gates: bool = True) -> GatedModel:
-    """The same weights every time; without ``gates``, the usual form of the network."""
+    """The same weights every time; without gates, as anybody else would have written it."""
     torch.manual_seed(0)
     model = build_model(net)
     for name, module in list(model.named_modules()):
@@ -169,15 +177,15 @@ def noise_batch(args: Args, runtime: Runtime) -> tuple[Tensor, Tensor]:
 
 
 def training(args: Args, runtime: Runtime, gates: bool = True) -> tuple[Trainer, ImageBatches]:
-    """Trainer and batches of an epoch; all networks have the same weights."""
+    """What an epoch takes; all networks have the same weights."""
     batches, _ = noise_batches(args.batches * args.bs, args.bs, image_size(args), runtime)
     return Trainer(fresh_model(args.net, gates), CIFAR_BASELINE, runtime), batches
 
 
 def plain_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
-    """The usual training loop; returns the loss and the accuracy in %."""
+    """What one writes without a second thought; returns the loss and the accuracy in %."""
     model, optimizer = trainer.model.train(), trainer.optimizer
-    loss_sum = hits = 0.0
+    loss_sum, hits = 0.0, 0
     for images, labels in batches:
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -190,21 +198,20 @@ def plain_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
 
 
 def our_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
-    """The loop of ``utils.finetune``; returns the loss and the accuracy in %."""
+    """That of ``utils.finetune``, without its progress bar."""
     sums = RunningMetrics(trainer.runtime)
     exhaust(trainer.train(batches, sums, "the benchmark"))
-    return sums.metrics().loss, sums.metrics().accuracy
+    metrics = sums.metrics()
+    return metrics.loss, metrics.accuracy
 
 
 def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, _: float = 0) -> None:
     F.cross_entropy(model.train()(images), labels).backward()
 
 
-def score_select_cut(
-    model: GatedModel, images: Tensor, labels: Tensor, p: float, round_to: int = 1
-) -> GatedModel:
+def score_select_cut(model: GatedModel, images: Tensor, labels: Tensor, p: float) -> nn.Module:
     saliency = channel_saliency(model, images, labels)
-    return cut(model, select_channels(model.channel_groups(), saliency, p, round_to=round_to))
+    return cut(model, select_channels(model.channel_groups(), saliency, p))
 
 
 def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:
@@ -216,3 +223,21 @@ def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: floa
     forward_backward(model, images, labels)
     pruning.step()
     return model
+
+
+def before_and_after(args: Args, runtime: Runtime) -> Iterator[tuple[str, GatedModel]]:
+    """The network unpruned and pruned; puts into ``args`` what its checkpoint says."""
+    if bool(args.checkpoint) != bool(args.pruned):
+        raise InputError("--checkpoint and --pruned go together: the same network before and after")
+    if args.checkpoint:
+        whole, pruned = load_checkpoint(args.checkpoint), load_checkpoint(args.pruned).model
+        model, args.net = whole.model, whole.model.net
+        args.image_size = args.image_size or whole.meta.get("image_size")
+        if pruned.net != args.net:
+            raise InputError(f"{args.pruned} is a {pruned.net}, {args.checkpoint} a {args.net}")
+    else:
+        model = fresh_model(args.net).to(runtime.device)
+        saliency = channel_saliency(model, *noise_batch(args, runtime))
+        plan = select_channels(model.channel_groups(), saliency, args.p, round_to=args.round_to)
+        pruned = cut(copy.deepcopy(model), plan)
+    yield from {"unpruned": model, "pruned": pruned}.items()

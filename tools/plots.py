@@ -1,4 +1,4 @@
-"""Plots of results: accuracy over the MACs and the parameters kept, and channels kept by layer."""
+"""Drawing results with matplotlib: accuracy over both budgets, and what every layer keeps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import io
 import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
-from statistics import mode
 from typing import Any
 
 import matplotlib
@@ -17,22 +17,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tools.trials import COSTS, SHOWN, Row, Trial, defaults, make_rows, words
+from utils.saliency import CRITERIA
 
+MOST = 8  # curves that a panel keeps apart
 # Okabe and Ito's colours, which all kinds of colour vision tell apart, with grey for their yellow.
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000", "#999999")
-STYLES = [{"color": c, "marker": m} for c, m in zip(COLOURS, "osD^vPX*", strict=True)]
-MOST = len(STYLES)  # curves in a panel
+MARKERS = "osD^vPX*"
 HEIGHTS = {"fine_tuned": 5, "recalibrated": 3, "after_surgery": 3}  # from top to bottom
 KEPT = {"macs": "MACs kept, %", "params": "parameters kept, %"}
 RC = {
-    "axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9",
+    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "grid.linewidth": 0.6,
     "axes.axisbelow": True, "lines.linewidth": 1.3, "lines.markersize": 4.5, "savefig.dpi": 180,
     "text.parse_math": False, "svg.hashsalt": "results",
 }  # fmt: skip
 CHANCE = {"color": "0.35", "linewidth": 0.9, "linestyle": ":", "label": "chance"}
 BASELINE = {"color": "0.35", "linewidth": 0.9, "label": "baseline"}
-Curves = dict[str, list[Row]]  # by label; the rows of a curve differ in their size alone
+Curves = dict[str, list[Row]]  # ways to prune one network on one data set, each with all its sizes
 
 
 def plot(trials: Sequence[Trial], kind: str) -> bytes:
@@ -44,7 +46,7 @@ def plot(trials: Sequence[Trial], kind: str) -> bytes:
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
-    """A figure with a strip per panel; its title says what all rows share."""
+    """A figure with a strip for every panel; its title says what is the same in all rows."""
     rows, same = make_rows(trials)
     panels = make_panels(rows)
     both = ("criterion", "method")
@@ -66,26 +68,29 @@ def draw(trials: Sequence[Trial]) -> Figure:
 
 def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
     """By title; a network with more than ``MOST`` curves has several panels."""
-    several = [n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1]
+    several = {n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1}
     places: dict[str, Curves] = {}
     for row in rows:
-        parts = [("by " if n == "asked_of" else "") + row.text(n) for n in several]
+        parts = [row.text(name) for name in ("criterion", "method") if name in several]
+        parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
         label = ", ".join(filter(None, [*parts, row.also])) or row.text("criterion")
         curves = places.setdefault(f"{row.text('net')} on {row.text('dataset')}", {})
         curves.setdefault(textwrap.fill(label, 70), []).append(row)
     panels = {}
     for place, curves in places.items():
-        starts = range(0, len(curves), MOST)
-        for i, start in enumerate(starts, 1):
-            part = list(curves.items())[start : start + MOST]
-            panels[place + f" ({i} of {len(starts)})" * (len(starts) > 1)] = dict(part)
+        count = -(-len(curves) // MOST)
+        for i in range(count):  # about equally many in each
+            part = list(curves.items())[len(curves) * i // count : len(curves) * (i + 1) // count]
+            panels[place + f" ({i + 1} of {count})" * (count > 1)] = dict(part)
     return panels
 
 
 def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     """Accuracies on the left, one below the other; channels on the right; the legend below."""
-    rows, grid = sum(curves.values(), []), strip.add_gridspec(1, 2, width_ratios=(2, 1.2))
+    rows, styles = sum(curves.values(), []), _styles(curves)
+    grid = strip.add_gridspec(1, 2, width_ratios=(2, 1.2))
     classes = re.match("[1-9][0-9]*", rows[0].text("classes"))
+    chance = 100 / int(classes[0]) if classes else None
     baselines = {round(r.percent["baseline"].mean, 2) for r in rows if "baseline" in r.percent}
     # Accuracies right after surgery are far below the others: each kind has axes of its own.
     shown = measured(curves)
@@ -94,23 +99,26 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     axes[0, 0].set_title("top-1 accuracy", loc="left")
     for name, both in zip(shown, axes, strict=True):
         both[0].set_ylabel(f"{name.replace('_', '-' if name == 'fine_tuned' else ' ')}, %")
+        lowest = min((r.percent[name].mean for r in rows if name in r.percent), default=0)
         for place, (of, title) in zip(both, KEPT.items(), strict=True):
-            for style, curve in zip(STYLES, curves.values(), strict=False):
+            for style, curve in zip(styles, curves.values(), strict=True):
                 found = [row.percent for row in curve if {of, name} <= row.percent.keys()]
                 points = sorted((p[of].mean, p[name].mean, p[name].deviation or 0) for p in found)
                 x, y, bars = zip(*points, strict=True) if points else ((), (), ())
-                place.errorbar(x, y, bars if any(bars) else None, capsize=2, **style)
+                place.errorbar(
+                    x, y, bars if any(bars) else None, capsize=2, elinewidth=0.9, **style
+                )
+            # A line for chance far below all points would flatten the curves.
+            if chance and (name == shown[-1] or lowest - chance < 30):
+                place.axhline(chance, zorder=1, **CHANCE)
+            for baseline in sorted(baselines) if name == shown[0] else ():
+                place.axhline(baseline, zorder=1, **BASELINE)
             place.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
             place.set_xlabel(title * (name == shown[-1]))
-    for top, bottom in zip(axes[0], axes[-1], strict=True):
-        for baseline in sorted(baselines):
-            top.axhline(baseline, zorder=1, **BASELINE)
-        if classes:  # in the lowest axes alone: a line far below all points flattens the curves
-            bottom.axhline(100 / int(classes[0]), zorder=1, **CHANCE)
-    _draw_channels(strip.add_subplot(grid[1]), curves)
-    handles = [Line2D([], [], label=n, **s) for n, s in zip(curves, STYLES, strict=False)]
+    _draw_channels(strip.add_subplot(grid[1]), curves, styles)
+    handles = [Line2D([], [], label=n, **s) for n, s in zip(curves, styles, strict=True)]
     handles += [Line2D([], [], **BASELINE)] * bool(baselines)
-    handles += [Line2D([], [], **CHANCE)] * bool(classes)
+    handles += [Line2D([], [], **CHANCE)] * bool(chance)
     longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
     columns = max(1, min(len(handles), int(12 / (0.6 + 0.075 * longest))))  # in inches
     strip.legend(handles=handles, loc="outside lower left", frameon=False, ncols=columns)
@@ -122,18 +130,31 @@ def measured(curves: Curves) -> list[str]:
     return [name for name in HEIGHTS if name in found] or ["fine_tuned"]
 
 
-def _draw_channels(axes: Any, curves: Curves) -> None:
-    """Channels kept by layer, at the size that most curves have."""
+def _styles(curves: Curves) -> list[dict[str, Any]]:
+    """A criterion looks the same in all plots; other curves are told apart by their order."""
+    names, known = [rows[0].text("criterion") for rows in curves.values()], [*CRITERIA]
+    own = len({*names}) == len(names) and {*names} <= {*known}
+    places = [known.index(name) % MOST if own else i for i, name in enumerate(names)]
+    return [{"color": COLOURS[i], "marker": MARKERS[i]} for i in places]
+
+
+def _draw_channels(axes: Any, curves: Curves, styles: list[dict[str, Any]]) -> None:
+    """Of the size in the middle of those that most curves have."""
     rows = sum(curves.values(), [])
-    asked = mode(row.asked for row in rows)
+    having = Counter(row.asked for row in rows)
+    most = [asked for asked, count in having.items() if count == max(having.values())]
+    asked = most[len(most) // 2]
     names = [n for row in rows for n in row.percent if n not in (*COSTS, *SHOWN)]
     names = list(dict.fromkeys(names))
-    for style, curve in zip(STYLES, curves.values(), strict=False):
+    for style, curve in zip(styles, curves.values(), strict=True):
         for of in (row.percent for row in curve if row.asked == asked):
-            axes.plot([of[n].mean if n in of else None for n in names], **style)
+            points = [(x, of[name].mean) for x, name in enumerate(names) if name in of]
+            axes.plot(*zip(*points, strict=True), **style) if points else None
     every = -(-len(names) // 26) or 1  # as many names fit below the axis
-    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(0, len(names), every), short_names(names)[::every], **turned)
+    labels = short_names(names)
+    long = max(map(len, labels), default=0) > 3
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axes.set_xticks(range(0, len(labels), every), labels[::every], **turned)
     axes.set(ylim=(0, 103), ylabel="channels kept, %", xlabel="channel group, from input to output")
     axes.set_title(f"channels kept per layer, {asked}", loc="left")
 

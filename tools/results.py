@@ -5,10 +5,10 @@
     python -m tools.results results/criteria.csv --plot criteria.svg
     make tables                                                      docs/results.md
 
-Inputs are CSV tables, and folders with result.json files anywhere below. --csv adds rows to a
-table; a row of the same configuration, seeds and baseline is replaced. Runs that differ only in
-their seeds are printed as mean ± sample standard deviation. --page writes a section per table; the
-first line of NAME.md is the title of NAME.csv, the rest is a remark.
+Inputs are CSV tables, and folders with result.json files anywhere below. --csv keeps the rows of a
+table that is there, and replaces those of the same configuration, seeds and baseline. Runs that
+differ in their seeds alone are printed as mean ± sample standard deviation. --page has a section
+per table; NAME.md, where there is one, has the title of NAME.csv in line 1, and then a remark.
 """
 
 from __future__ import annotations
@@ -26,59 +26,78 @@ from utils.errors import InputError
 from utils.files import write_atomically
 
 ENDINGS = (".png", ".pdf", ".svg")
+WIDTH = 160  # of a table
+HOLDOUT = "† "  # marks accuracies of the epoch that a holdout chose
 TEXTS = {"network": "net", "data": "dataset", "criterion": "criterion", "method": "method"}
 NUMBERS = {"MACs kept": "macs", "params kept": "params", "baseline": "baseline",
            "after surgery": "after_surgery", "recalibrated": "recalibrated",
            "fine-tuned": "fine_tuned"}  # fmt: skip
 NO_ROWS = "No rows are there yet."
-NOTE = """Shares kept, and top-1 accuracies on the test set, in %; mean ± sample standard deviation
-over the seeds. Fine-tuned: the last epoch, or with a holdout the epoch that it chose."""
 Tables = dict[Path, list[Trial]]  # by file, or a heading
+Columns = dict[str, list[str]]
 
 
 def markdown(trials: Sequence[Trial]) -> str:
-    """A table with a row per experiment; what all rows share stands above it."""
+    """A row per experiment; what all have in common stands above the table."""
     rows, same = make_rows(trials)
     every = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
     every |= {"asked": [r.asked for r in rows], "settings": [r.also or "-" for r in rows]}
     alike = {title: texts[0] for title, texts in every.items() if len({*texts}) == 1}
     common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")]
     common += [words(*setting) for setting in same.items()]
-    columns = {title: texts for title, texts in every.items() if title not in alike}
-    numbers = {title: [str(r.percent.get(of, "-")) for r in rows] for title, of in NUMBERS.items()}
-    columns |= {title: texts for title, texts in numbers.items() if {*texts} != {"-"}}
-    columns["seeds"] = [str(len(row.runs)) for row in rows]
-    above = textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100)
-    return "\n".join([above, "", *_table(columns), "", NOTE])
+    cells = {title: texts for title, texts in every.items() if title not in alike}
+    right = {title: [str(r.percent.get(of, "-")) for r in rows] for title, of in NUMBERS.items()}
+    right = {title: texts for title, texts in right.items() if {*texts} != {"-"}}
+    held = [row.text("chosen_on") == "holdout" and "fine_tuned" in row.percent for row in rows]
+    if any(held):
+        tuned = right["fine-tuned"]
+        right["fine-tuned"] = [HOLDOUT * h + text for h, text in zip(held, tuned, strict=True)]
+    right["seeds"] = [str(len(row.runs)) for row in rows]
+    left, notes = cells, []
+    # Where the table is too wide, notes below it have the settings, or all of its left part.
+    for title, fold in (("settings", ["settings"]), ("experiment", [*cells])):
+        if cells.keys() >= {*fold} and len(next(_table(left, right))) > WIDTH:
+            texts = [", ".join(parts) for parts in zip(*map(cells.get, fold), strict=True)]
+            notes = list(dict.fromkeys(texts))
+            left = {name: cells[name] for name in cells if name not in fold}
+            left[title] = [f"({notes.index(text) + 1})" for text in texts]
+    marked = f"; with {HOLDOUT.strip()}, the one chosen on the holdout" * any(held)
+    return "\n".join([
+        textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), "",
+        *_table(left, right), "",
+        "Shares kept, and top-1 accuracies on the test set, in %; mean ± sample standard deviation"
+        f" over the seeds. Fine-tuned: the last epoch{marked}.",
+        *[_plain(f"- ({number}) {note}") for number, note in enumerate(notes, 1)],
+    ])  # fmt: skip
 
 
 def _plain(text: str) -> str:
-    """Escape what Markdown takes for the end of a cell, or for HTML."""
+    """Without what Markdown takes for the end of a cell, or for HTML."""
     return text.replace("|", "&#124;").replace("<", "&lt;")
 
 
-def _table(columns: dict[str, list[str]]) -> Iterator[str]:
-    """Lines of a table; text is aligned to the left, numbers to the right."""
-    padded = []
-    for title, texts in columns.items():
-        left, column = title in (*TEXTS, "asked", "settings"), [title, "", *map(_plain, texts)]
+def _table(left: Columns, right: Columns) -> Iterator[str]:
+    """Lines of a table, each column aligned to its side."""
+    columns = []
+    for title, texts in {**left, **right}.items():
+        column = [title, "", *map(_plain, texts)]
         width = max(3, *map(len, column))
-        column[1] = "-" * width if left else "-" * (width - 1) + ":"
-        padded.append([f"{c:<{width}}" if left else f"{c:>{width}}" for c in column])
-    for line in zip(*padded, strict=True):
+        column[1] = "-" * width if title in left else "-" * (width - 1) + ":"
+        columns.append([c.ljust(width) if title in left else c.rjust(width) for c in column])
+    for line in zip(*columns, strict=True):
         yield f"| {' | '.join(line)} |"
 
 
 def page(tables: Tables) -> str:
     """docs/results.md: a section per table."""
-    source = "Every number comes from the tables in [results/](../results/README.md)."
-    parts = ["# Results", f"Made by `make tables`. {source}"]
+    parts = ["# Results", "Made by `make tables`. Every number comes from the tables in"
+             " [results/](../results/README.md)."]  # fmt: skip
     for path, trials in tables.items():
         title, remark = heading(path)
         runs = f"- {len(trials)} runs: [{path.name}](../results/{path.name})"
-        plot = f"![{title}]({path.stem}.svg)"
         parts += filter(None, [f"## {title}", remark])
-        parts += [facts(trials) + runs, markdown(trials), plot] if trials else [NO_ROWS]
+        parts += [facts(trials) + runs, markdown(trials)] if trials else [NO_ROWS]
+        parts += [f"![{title}]({path.stem}.svg)"] * bool(trials)
     return "\n\n".join(parts if tables else [*parts, NO_ROWS]) + "\n"
 
 
@@ -93,14 +112,17 @@ def heading(path: Path) -> tuple[str, str]:
 def facts(trials: Sequence[Trial]) -> str:
     """Where the numbers come from, as a list."""
 
-    def values(name: str, none: str = "not recorded") -> str:
-        return _plain(", ".join(sorted({t.get(name) or none for t in trials}, key=natural)))
+    def values(name: str, none: str = "not recorded", of: Sequence[Trial] = trials) -> str:
+        return _plain(", ".join(sorted({t.get(name) or none for t in of}, key=natural)))
 
+    numbers = sorted(float(t["top1_baseline"]) for t in trials if t.get("top1_baseline"))
+    ends = dict.fromkeys(f"{number:.2f} %" for number in numbers[:1] + numbers[-1:])
+    told = [trial for trial in trials if trial.get("baseline_epochs")]
+    how = f", trained for {values('baseline_epochs', of=told)} epochs" * bool(told)
     return (
         f"- Data: {values('dataset')}; classes {values('classes')}; images of"
         f" {values('image_size')} pixels; fingerprint {values('data')}\n"
-        f"- Baseline: trained for {values('baseline_epochs', '?')} epochs; weights"
-        f" {values('baseline')}\n"
+        f"- Baseline: top-1 {' to '.join(ends) or '-'}{how}; weights {values('baseline')}\n"
         f"- Fine-tuned for {values('epochs', '0')} epochs; precision {values('amp', 'float32')}\n"
         f"- Threads: {values('threads')}; torch {values('torch')}; commit {values('commit')}\n"
     )
@@ -111,7 +133,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="folders, and CSV tables")
     parser.add_argument("--csv", metavar="FILE", help="add all runs to this table")
     parser.add_argument("--plot", metavar="FILE", help=f"draw them; {', '.join(ENDINGS)}")
-    parser.add_argument("--page", metavar="FILE", help="write a page and plots of all tables")
+    parser.add_argument(
+        "--page", metavar="FILE", help="write a page of a folder's tables, and plots"
+    )
     args = parser.parse_args(argv)
     if args.page and (args.csv or args.plot):
         parser.error("--page goes with no other flag")
@@ -122,10 +146,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
-    if args.plot or args.page:
-        if not find_spec("matplotlib"):
-            raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
-        from tools import plots
+    if (args.plot or args.page) and not find_spec("matplotlib"):  # before anything is written
+        raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
     paths = [Path(name) for name in args.inputs if name.endswith(".csv")]
     folders = [Path(name) for name in args.inputs if not name.endswith(".csv")]
     results = []
@@ -139,15 +161,15 @@ def main(args: argparse.Namespace) -> Tables:
     tables: Tables = {path: merge([], read_csv(path)) for path in sorted(paths)}
     if args.page:
         for path in filter(tables.get, tables):
-            target = Path(args.page).with_name(f"{path.stem}.svg")
-            _write(target, "--page", plots.plot(tables[path], "svg"))
+            _draw(tables[path], Path(args.page).with_name(f"{path.stem}.svg"), "--page")
         _write(Path(args.page), "--page", page(tables).encode())
         return tables
     if results:
         tables[Path("Folders")] = merge([], filter(None, results))
     trials = sum(tables.values(), [])
     if not trials:
-        raise InputError(f"no pruning run in {', '.join(args.inputs)}")
+        unpruned = f", but {len(results)} of unpruned networks" * bool(results)
+        raise InputError(f"no pruning run in {', '.join(args.inputs)}{unpruned}")
     if args.csv:
         path = Path(args.csv)
         trials = merge(read_csv(path) if path.exists() else [], trials)
@@ -159,9 +181,14 @@ def main(args: argparse.Namespace) -> Tables:
     if None in results:
         print(f"Left out: {results.count(None)} result.json of unpruned networks.")
     if args.plot:
-        kind = Path(args.plot).suffix[1:]
-        _write(Path(args.plot), "--plot", plots.plot(merge([], trials), kind))
+        _draw(merge([], trials), Path(args.plot), "--plot")
     return tables
+
+
+def _draw(trials: Sequence[Trial], path: Path, flag: str) -> None:
+    from tools.plots import plot  # needs matplotlib
+
+    _write(path, flag, plot(trials, path.suffix[1:]))
 
 
 def _write(path: Path, flag: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Pruning runs as rows of text, from result.json files and CSV tables; and their experiments."""
+"""Pruning runs as rows of text, from result.json files and CSV tables; and experiments of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.errors import InputError
 from utils.run.record import Record
 from utils.saliency import CRITERIA
 
-# A run: text by column; "" for None, for a switch that is off, and for what is not recorded.
+# A run: the text of each cell by column; "" for None, a switch that is off, and what is unknown.
 Trial = dict[str, str]
 
 COSTS = {"macs": "MACs", "params": "params"}
@@ -36,14 +36,13 @@ OUTCOME = (*NUMBERS, "chosen_on", "channels")
 # These differ between two runs that compute the same.
 CIRCUMSTANCES = ("images_per_second", "wall_time_seconds", "threads", "torch", "commit")
 PLACE = "place"  # where a row comes from, for messages; no table has it
-OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch", "threads"}  # flags with other columns
+OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch", "threads"}  # flags that other columns say
 COMMON = {"net", "dataset", "classes", "image_size", "baseline", "threads"}  # of run and baseline
-SEEDS = {"seed", "score_seed", "baseline_seed", "baseline_score_seed"}
 WIDTHS = re.compile(r"(\S+):(\d+)/([1-9]\d*)")  # of a channel group, after/before
 
 
 def cell(value: Any) -> str:
-    """One text for equal values: 1 for 1.0. Control characters become ``?``, for the terminal."""
+    """One text for equal values: 1 for 1.0; no character that a terminal would obey."""
     if value is None or value is False:
         return ""
     if isinstance(value, (list, tuple)):
@@ -54,7 +53,10 @@ def cell(value: Any) -> str:
 
 
 def read_result(path: Path) -> Trial | None:
-    """A result.json; None for one of train.py. Cells that it does not record are empty."""
+    """A result.json; None for one of train.py, which prunes nothing.
+
+    What an earlier version did not write leaves its cell empty.
+    """
     try:
         run = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
         trial = _trial(run) if "criterion" in run.config else None
@@ -87,7 +89,7 @@ def _trial(run: Record) -> Trial:
 
 
 def _checked(trial: Trial, place: str) -> Trial:
-    """Add the defaults of missing flags; InputError where a number should be and is not."""
+    """The row with the defaults of flags that it lacks; InputError where a number is none."""
     for name in (*NUMBERS, "asked", "images_per_second", "wall_time_seconds"):
         try:
             number = float(trial.get(name) or 1)
@@ -99,7 +101,7 @@ def _checked(trial: Trial, place: str) -> Trial:
 
 
 def defaults(trial: Trial) -> Trial:
-    """The default settings of the scripts that made this run and its baseline."""
+    """The settings of the scripts that made this run and its baseline, where no flag is given."""
     scripts = [(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar, "", set())]
     if trial.get("baseline_epochs"):
         pruned = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
@@ -158,17 +160,17 @@ def settings(trial: Trial) -> frozenset[tuple[str, str]]:
 
 
 def is_seed(name: str, trial: Trial) -> bool:
-    """Whether runs that differ in this setting alone repeat one experiment.
-
-    The weights of the baseline are such a setting where the baseline's own settings are known.
+    """Whether runs that differ in this setting repeat one experiment, as with other weights of a
+    baseline whose settings are known.
     """
-    return name in SEEDS or (name == "baseline" and bool(trial.get("baseline_epochs")))
+    known = bool(trial.get("baseline_epochs")) and name == "baseline"
+    return known or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
 
 
 def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
-    """Every run once, sorted; a run of ``new`` replaces the same run of ``kept``.
+    """Every run once, in the order of the table; one of ``new`` replaces the same of ``kept``.
 
-    Raises InputError for two of ``new`` with the same settings and different results.
+    Raises InputError for two of ``new`` that should be the same and are not.
     """
     found: dict[frozenset[tuple[str, str]], Trial] = {}
     for trial in new:
@@ -180,25 +182,26 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
     names = ["seed", "score_seed", *sorted({name for key in merged for name, _ in key} - {*WHAT})]
 
     def order(trial: Trial) -> list[Any]:
-        """Sort criteria as they are registered, and everything else by its text."""
+        """Criteria as they are registered; of the sizes, the largest network first."""
         rank = [*CRITERIA, trial["criterion"]].index(trial["criterion"])
+        asked = float(trial["asked"] or 0) * (1 if trial["asked_of"] == "p" else -1)
         seeds = [name for name in names if is_seed(name, trial)]
-        others = [name for name in names if name not in seeds]
-        columns = ["net", "dataset", "method", "criterion", *others, "asked_of", "asked", *seeds]
-        ranked = {**trial, "criterion": f"{rank} {trial['criterion']}"}
-        return [natural(ranked.get(name, "")) for name in columns]
+        ways = ["criterion", *(name for name in names if name not in seeds)]
+        places, ways, seeds = ([natural(trial.get(name, "")) for name in part]
+                               for part in (("net", "dataset", "method"), ways, seeds))  # fmt: skip
+        return [places, rank, ways, trial["asked_of"], asked, seeds]
 
     return sorted(merged.values(), key=order)
 
 
 def natural(text: str) -> list[tuple[bool, float, str]]:
-    """A sort key: numbers within a text are compared by value."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)  # every second part is a number
+    """A key that sorts the numbers within a text by size."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
     return [(i % 2 == 1, float(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; the latter is None for a single value."""
+    """Mean, and sample standard deviation; None of a single value."""
 
     mean: float
     deviation: float | None
@@ -212,10 +215,10 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An experiment: runs that differ only in their seeds.
+    """An experiment: runs that differ in nothing but their seeds.
 
-    ``also``: settings that are not columns but differ between rows. ``percent``: accuracies by
-    name, and the shares that ``macs``, ``params`` and every channel group keep.
+    ``also`` says in words the settings without a column in which rows differ; ``percent`` has
+    accuracies by name, and the shares that ``macs``, ``params`` and every channel group keep.
     """
 
     runs: list[Trial]
@@ -223,18 +226,20 @@ class Row(NamedTuple):
     percent: dict[str, Spread]
 
     def text(self, column: str) -> str:
-        """The cell of a column that is the same in all runs."""
+        """Of a column that is the same in all runs."""
         return self.runs[0].get(column, "")
 
     @property
     def asked(self) -> str:
-        """``p 0.7``: the share to remove; ``MACs 55 %``: the share to keep."""
+        """``p 0.7``: what was to go; ``MACs 55 %``: what was to stay."""
         kind, share = self.text("asked_of"), self.text("asked")
         return f"p {share}" if kind == "p" or not share else f"{kind} {100 * float(share):g} %"
 
 
 def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
-    """A row per experiment, in the order of the runs; and the settings that all rows share."""
+    """A row per experiment, in the order of the runs; and the settings without a column that are
+    the same in all of them.
+    """
     groups: dict[frozenset[tuple[str, str]], list[Trial]] = {}
     for trial in trials:
         key = frozenset(s for s in settings(trial) if not is_seed(s[0], trial))
@@ -249,7 +254,7 @@ def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
 
 
 def _percent(run: Trial) -> dict[str, float]:
-    """``fine_tuned`` is the accuracy of the last epoch, or of the one that a holdout chose."""
+    """Fine-tuned: after the last epoch, or the epoch that a holdout chose."""
     tuned = "best" if run.get("chosen_on") == "holdout" else "last"
     top1 = {name: run.get(f"top1_{tuned if name == 'fine_tuned' else name}") for name in SHOWN}
     sizes = [(of, run.get(f"{of}_after"), run.get(f"{of}_before")) for of in COSTS]
@@ -259,5 +264,5 @@ def _percent(run: Trial) -> dict[str, float]:
 
 
 def words(name: str, text: str) -> str:
-    """``lr 0.1``, or the name of a switch that is on."""
+    """A setting; a switch is its name."""
     return name if text == "True" else f"{name} {text}"
