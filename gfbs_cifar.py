@@ -44,19 +44,14 @@ from utils.surgery import prune
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
-    flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.7, score_images=200)
     flags.add_data_flags(parser)
     flags.add_normalisation_flags(parser)
-    flags.add_holdout_flag(parser)
     flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
     flags.add_cifar_training_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
-    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
-    flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
-    settings.check_alias(parser, args)
     settings.check_run(parser, args)
     settings.resolve_pruning(parser, args)
     return args
@@ -68,7 +63,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     folder = settings.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, folder, args.net)
     asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
-    where = settings.pruning_run(args, baseline)
+    where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
     if done := run.finished():
         return done
