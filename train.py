@@ -37,10 +37,7 @@ from utils.run.state import RunState
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
-    flags.add_data_flags(parser)
-    flags.add_normalisation_flags(parser)
-    flags.add_recipe_flags(parser, CIFAR_BASELINE, least_epochs=1)
-    flags.add_cifar_training_flags(parser)
+    flags.add_cifar_flags(parser, CIFAR_BASELINE, least_epochs=1)
     flags.add_run_flags(parser)
     explanation = "continue from this last.pth, or the one in this folder; implies --resume"
     parser.add_argument("--checkpoint", metavar="PATH", help=explanation)

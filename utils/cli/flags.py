@@ -24,19 +24,6 @@ def add_network_flag(parser: ArgumentParser, imagenet: bool = False) -> None:
                         help=f"the network: {', '.join(names)}")
 
 
-def add_data_flags(parser: ArgumentParser) -> None:
-    """Small images: which, and where."""
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10",
-        help="cifar10 and cifar100 are downloaded; folder reads DATA_DIR/train/<class>/ and"
-             " DATA_DIR/test/<class>/ (or val); synthetic images are computed")
-    add("--data_dir", default="./data", metavar="DIR", help="folder of the data")
-    add("--image_size", type=value.count, default=32, metavar="PIXELS",
-        help="side of the images; folder images are resized and centre-cropped to it")
-    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
-    add("--limit_test_batches", type=value.count, metavar="N", help="evaluate on N batches of 500")
-
-
 def add_normalisation_flags(parser: ArgumentParser) -> None:
     """What pixels are normalised with."""
     add = parser.add_argument_group("normalisation").add_argument
@@ -45,7 +32,7 @@ def add_normalisation_flags(parser: ArgumentParser) -> None:
     add("--std", type=value.channel_values(1e-6), metavar="R,G,B", help="their standard deviation")
 
 
-def add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+def _add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
     """What every kind of training has; ``least_epochs`` is 0 or 1."""
     add = parser.add_argument_group("training").add_argument
     milestones = " and ".join(map(str, recipe.milestones))
@@ -56,20 +43,40 @@ def add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) 
              f" {milestones} of {recipe.epochs}, and in proportion with other --epochs")
     add("--weight_decay", type=value.weight, metavar="X",
         help=f"L2 penalty (default: {recipe.weight_decay:g})")
+    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
     add("--holdout", type=value.count_or_zero, default=0, metavar="N",
         help="choose the best epoch on the last N training images, which training leaves out;"
              " with 0, choose it on the test set")
 
 
-def add_cifar_training_flags(parser: ArgumentParser) -> None:
-    """Training on small images."""
+def add_cifar_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+    """Small images: which, where, and how to train on them; ``least_epochs`` is 0 or 1."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10",
+        help="cifar10 and cifar100 are downloaded; folder reads DATA_DIR/train/<class>/ and"
+             " DATA_DIR/test/<class>/ (or val); synthetic images are computed")
+    add("--data_dir", default="./data", metavar="DIR", help="folder of the data")
+    add("--image_size", type=value.count, default=32, metavar="PIXELS",
+        help="side of the images; folder images are resized and centre-cropped to it")
+    add("--limit_test_batches", type=value.count, metavar="N", help="evaluate on N batches of 500")
+    add_normalisation_flags(parser)
+    _add_recipe_flags(parser, recipe, least_epochs)
     add = parser.add_argument_group("CIFAR training").add_argument
     add("--cosine", action="store_true", help="no steps: warm up for 5 epochs, then half a cosine")
     add("--bs", type=value.count, default=128, metavar="N", help="images in a training batch")
 
 
-def add_imagenet_training_flags(parser: ArgumentParser) -> None:
-    """Training on large images."""
+def add_imagenet_flags(parser: ArgumentParser, recipe: Recipe) -> None:
+    """Large images in folders, and how to train on them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
+    add("--image_size", type=value.count, default=224, metavar="PIXELS",
+        help="side of the crops; for evaluation the images are resized to 8/7 of it")
+    add("--workers", "-j", type=value.count_or_zero, default=4, metavar="N",
+        help="processes that read and augment images, per rank")
+    add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
+    add_normalisation_flags(parser)
+    _add_recipe_flags(parser, recipe, least_epochs=0)
     add = parser.add_argument_group("ImageNet training").add_argument
     add("--train_bs", type=value.count, default=512, metavar="N",
         help="images in a training batch, of all GPUs and ranks together")
@@ -81,18 +88,6 @@ def add_imagenet_training_flags(parser: ArgumentParser) -> None:
         help="cosine: epochs at the last rate")
     add("--min_lr", type=value.weight, default=1e-5, metavar="X", help="cosine: last rate")
     add("--new_head", action="store_true", help="start a fresh classifier, for other classes")
-
-
-def add_folder_flags(parser: ArgumentParser) -> None:
-    """Large images in folders."""
-    add = parser.add_argument_group("data").add_argument
-    add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
-    add("--image_size", type=value.count, default=224, metavar="PIXELS",
-        help="side of the crops; for evaluation the images are resized to 8/7 of it")
-    add("--workers", "-j", type=value.count_or_zero, default=4, metavar="N",
-        help="processes that read and augment images, per rank")
-    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
-    add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
 def add_conversion_flags(parser: ArgumentParser) -> None:
