@@ -36,7 +36,7 @@ from utils.run.measure import measure_baseline, measure_cut, measure_end, recali
 from utils.run.record import final_table
 from utils.run.rounds import Pruning
 from utils.run.state import RunState
-from utils.saliency import Scoring, channel_saliency
+from utils.saliency import CRITERIA, Scoring, channel_saliency
 from utils.selection import check_goal, select
 from utils.surgery import prune
 
@@ -44,19 +44,11 @@ from utils.surgery import prune
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
-    flags.add_baseline_flag(parser)
     flags.add_pruning_flags(parser, p=0.7, score_images=200)
-    flags.add_data_flags(parser)
-    flags.add_normalisation_flags(parser)
-    flags.add_holdout_flag(parser)
-    flags.add_recipe_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
-    flags.add_cifar_training_flags(parser)
+    flags.add_cifar_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
-    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
-    flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
-    settings.check_alias(parser, args)
     settings.check_run(parser, args)
     settings.resolve_pruning(parser, args)
     return args
@@ -68,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     folder = settings.network_folder(args)
     baseline = load_baseline(args.checkpoint or args.output, folder, args.net)
     asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
-    where = settings.pruning_run(args, baseline)
+    where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
     if done := run.finished():
         return done
@@ -161,7 +153,7 @@ def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Prun
 def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str, Tensor]:
     """The saliency (C,) of every channel by group, on one batch of training images."""
     images, labels = scoring_batch(data.train, how.images, how.seed)
-    if how.looks_at_images:
+    if CRITERIA[how.criterion].gradients:  # else it does not look at the images
         run.log(f"scoring on {len(labels)} training images")
         check_batch(state.model, images.shape[-1], len(labels), "--score_images")
     saliency = channel_saliency(

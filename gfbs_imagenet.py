@@ -35,20 +35,12 @@ from utils.selection import check_goal
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.set_defaults(dataset="imagenet")
-    flags.add_imagenet_network_flag(parser)
-    flags.add_baseline_flag(parser)
+    flags.add_network_flag(parser, imagenet=True)
     flags.add_pruning_flags(parser, p=0.4, score_images=None)
-    flags.add_folder_flags(parser)
-    flags.add_normalisation_flags(parser)
-    flags.add_holdout_flag(parser)
-    flags.add_recipe_flags(parser, IMAGENET_RECIPES.one_shot, least_epochs=0)
-    flags.add_imagenet_training_flags(parser)
+    flags.add_imagenet_flags(parser, IMAGENET_RECIPES.one_shot)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)
-    flags.add_acceleration_flags(parser)
     flags.add_run_flags(parser)
-    flags.add_resume_flags(parser)
     args = parser.parse_args(argv)
-    settings.check_schedule(parser, args)
     settings.check_run(parser, args)
     settings.resolve_pruning(parser, args)
     return args
@@ -59,7 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = settings.runtime(args, args.train_bs, "--train_bs")
     baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
     asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
-    where = settings.pruning_run(args, baseline)
+    where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: folder_identity(args.data_dir, ("val",)))
     if done := run.finished():
         return done

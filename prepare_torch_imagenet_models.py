@@ -37,7 +37,7 @@ from utils.run.baseline import check_classes
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    flags.add_imagenet_network_flag(parser)
+    flags.add_network_flag(parser, imagenet=True)
     flags.add_conversion_flags(parser)
     flags.add_normalisation_flags(parser)
     flags.add_device_flags(parser)

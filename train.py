@@ -37,18 +37,11 @@ from utils.run.state import RunState
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flags.add_network_flag(parser)
-    flags.add_data_flags(parser)
-    flags.add_normalisation_flags(parser)
-    flags.add_holdout_flag(parser)
-    flags.add_recipe_flags(parser, CIFAR_BASELINE, least_epochs=1)
-    flags.add_cifar_training_flags(parser)
-    flags.add_acceleration_flags(parser)
+    flags.add_cifar_flags(parser, CIFAR_BASELINE, least_epochs=1)
     flags.add_run_flags(parser)
-    flags.add_resume_flags(parser)
     explanation = "continue from this last.pth, or the one in this folder; implies --resume"
     parser.add_argument("--checkpoint", metavar="PATH", help=explanation)
     args = parser.parse_args(argv)
-    settings.check_alias(parser, args)
     settings.check_run(parser, args)
     if args.checkpoint and args.overwrite:
         parser.error("--checkpoint continues a run and does not go with --overwrite")
@@ -59,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the content of result.json."""
     runtime = settings.runtime(args, args.bs, "--bs")
-    where = settings.baseline_run(args, named_checkpoint(args))
+    where = settings.run_folder(args, checkpoint=named_checkpoint(args))
     run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
     if done := run.finished():
         return done
@@ -76,7 +69,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
     )  # fmt: skip
-    recipe = CIFAR_BASELINE.adapted(args.epochs, args.lr, args.weight_decay, settings.cosine(args))
+    recipe = CIFAR_BASELINE.adapted(args.epochs, **settings.recipe_changes(args))
     with run.opened(about.classes):
         state = run.resumed() or RunState(model, settings.new_record(args))
         state.record.cost = vars(cost)

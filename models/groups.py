@@ -43,9 +43,7 @@ class ChannelGroup:
         for field in ("gates", "norms", "outputs", "inputs", "convs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.name not in self.gates[:1]:
-            raise ValueError(
-                f"channel group {self.name!r} does not have the name of its first gate"
-            )
+            raise ValueError(f"channel group {self.name!r} must be named after its first gate")
 
     @classmethod
     def around(

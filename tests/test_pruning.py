@@ -220,7 +220,6 @@ def test_plans_that_make_no_sense_are_refused_by_name(keep, message):
 
 def test_parts_of_a_plan_one_after_the_other_are_the_plan():
     plan = PruningPlan({"a": [0, 2], "b": [1], "c": [0, 1, 2]})
-    assert plan.only(None) == plan
     assert plan.only(["c", "a", "nowhere"]).keep == {"c": [0, 1, 2], "a": [0, 2]}
     assert plan.only(["a", "c"]).then(plan.only(["b"])) == plan
     assert plan.shrinking({"a": 3, "b": 2, "c": 3}) == plan.only(["a", "b"])

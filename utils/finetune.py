@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -143,12 +143,9 @@ class Epoch:
     test: Metrics
     images_per_second: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Epoch:
-        """The inverse of ``as_dict``; it ignores other keys."""
+        """The inverse of ``dataclasses.asdict``; it ignores other keys."""
         train, test = (Metrics(**fields[part]) for part in ("train", "test"))
         return cls(fields["number"], fields["lr"], train, test, fields["images_per_second"])
 

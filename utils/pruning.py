@@ -55,10 +55,8 @@ class PruningPlan:
                 raise ValueError(f"pruning plan: group {name} keeps {beyond}")
         return self.only([name for name, keep in self.keep.items() if len(keep) < widths[name]])
 
-    def only(self, groups: Sequence[str] | None) -> PruningPlan:
-        """The part of the plan for these groups; the whole plan for None."""
-        if groups is None:
-            return self
+    def only(self, groups: Sequence[str]) -> PruningPlan:
+        """The part of the plan for these groups."""
         return PruningPlan({name: self.keep[name] for name in groups if name in self.keep})
 
     def then(self, plan: PruningPlan) -> PruningPlan:

@@ -62,21 +62,14 @@ class Recipe:
     momentum: float = 0.9
     cosine: Cosine | None = None
 
-    def adapted(
-        self,
-        epochs: int,
-        lr: float | None = None,
-        weight_decay: float | None = None,
-        cosine: Cosine | None = None,
-    ) -> Recipe:
+    def adapted(self, epochs: int, **changes: float | Cosine | None) -> Recipe:
         """The recipe with another number of epochs. Milestones move in proportion, rounded up.
 
-        An ``lr`` or ``weight_decay`` of None leaves the published value.
+        ``changes`` are other values of attributes; None leaves the published value.
         """
         milestones = tuple(max(1, -(-epochs * m // self.epochs)) for m in self.milestones)
-        recipe = replace(self, epochs=epochs, milestones=milestones, cosine=cosine)
-        asked = {"lr": lr, "weight_decay": weight_decay}
-        return replace(recipe, **{k: value for k, value in asked.items() if value is not None})
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, epochs=epochs, milestones=milestones, **given)
 
     def optimizer(self, model: nn.Module, fused: bool = False) -> SGD:
         """The optimiser. With ``fused``, a step is one pass over the weights, with other bits."""
@@ -109,7 +102,7 @@ class Recipes:
     scratch: Recipe
 
     def adapted(
-        self, epochs: int, stage_epochs: int | None, final_epochs: int | None, *changes: Any
+        self, epochs: int, stage_epochs: int | None, final_epochs: int | None, **changes: Any
     ) -> Recipes:
         """The recipes with other lengths; ``changes`` go to ``Recipe.adapted``, for all of them.
 
@@ -119,7 +112,7 @@ class Recipes:
         def adapt(recipe: Recipe, length: int | None) -> Recipe:
             if length is None:
                 length = -(-recipe.epochs * epochs // self.one_shot.epochs)
-            return recipe.adapted(length, *changes)
+            return recipe.adapted(length, **changes)
 
         recipes = self.one_shot, self.stage, self.final, self.scratch
         return Recipes(*map(adapt, recipes, (epochs, stage_epochs, final_epochs, epochs)))

@@ -151,10 +151,6 @@ class Scoring:
     recompute: bool
     random_seed: int
 
-    @property
-    def looks_at_images(self) -> bool:
-        return CRITERIA[self.criterion].gradients is not None
-
 
 def channel_saliency(
     model: GatedModel,
@@ -193,10 +189,9 @@ def channel_saliency(
     for group in model.channel_groups():
         scores = score(_signals(model, group, gradients, generator), w_beta).cpu()
         if not torch.isfinite(scores).all():
-            raise InputError(
-                f"the {criterion} saliency of channel group {group.name} is not finite; take a "
-                "checkpoint from before training diverged, or another --criterion"
-            )
+            wrong = f"the {criterion} saliency of channel group {group.name} is not finite"
+            advice = "take a checkpoint from before training diverged, or another --criterion"
+            raise InputError(f"{wrong}; {advice}")
         saliency[group.name] = scores
     return saliency
 

@@ -110,7 +110,6 @@ def check_goal(model: GatedModel, goal: Goal, image_size: int) -> None:
     least = getattr(planned_cost(model, smallest, image_size), goal.kind)
     whole = getattr(model_cost(model, image_size), goal.kind)
     if least > goal.value * whole:
-        raise InputError(
-            f"--{goal.kind} {goal.value:g} of {whole}: at least {least} stay; ask for more of them,"
-            " or see --min_channels and --round_to"
-        )
+        asked = f"--{goal.kind} {goal.value:g} of {whole}"
+        advice = "ask for more of them, or see --min_channels and --round_to"
+        raise InputError(f"{asked}: at least {least} stay; {advice}")

@@ -16,30 +16,12 @@ from utils.saliency import CRITERIA
 # fmt: off
 
 
-def add_network_flag(parser: ArgumentParser) -> None:
-    """--net, for small images."""
-    names = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
-    parser.add_argument("--net", type=value.network(names), default="gatevgg16",
+def add_network_flag(parser: ArgumentParser, imagenet: bool = False) -> None:
+    """--net, for small images or for ImageNet."""
+    small = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
+    names, usual = (IMAGENET_NETWORKS, "resnet50") if imagenet else (small, "gatevgg16")
+    parser.add_argument("--net", type=value.network(names), default=usual,
                         help=f"the network: {', '.join(names)}")
-
-
-def add_imagenet_network_flag(parser: ArgumentParser) -> None:
-    """--net, for ImageNet."""
-    parser.add_argument("--net", type=value.network(IMAGENET_NETWORKS), default="resnet50",
-                        help=f"the network: {', '.join(IMAGENET_NETWORKS)}")
-
-
-def add_data_flags(parser: ArgumentParser) -> None:
-    """Small images: which, and where."""
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10",
-        help="cifar10 and cifar100 are downloaded; folder reads DATA_DIR/train/<class>/ and"
-             " DATA_DIR/test/<class>/ (or val); synthetic images are computed")
-    add("--data_dir", default="./data", metavar="DIR", help="folder of the data")
-    add("--image_size", type=value.count, default=32, metavar="PIXELS",
-        help="side of the images; folder images are resized and centre-cropped to it")
-    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
-    add("--limit_test_batches", type=value.count, metavar="N", help="evaluate on N batches of 500")
 
 
 def add_normalisation_flags(parser: ArgumentParser) -> None:
@@ -50,14 +32,7 @@ def add_normalisation_flags(parser: ArgumentParser) -> None:
     add("--std", type=value.channel_values(1e-6), metavar="R,G,B", help="their standard deviation")
 
 
-def add_holdout_flag(parser: ArgumentParser) -> None:
-    """Which images choose the best epoch."""
-    parser.add_argument("--holdout", type=value.count_or_zero, default=0, metavar="N",
-        help="choose the best epoch on the last N training images, which training leaves out;"
-             " with 0, choose it on the test set")
-
-
-def add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+def _add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
     """What every kind of training has; ``least_epochs`` is 0 or 1."""
     add = parser.add_argument_group("training").add_argument
     milestones = " and ".join(map(str, recipe.milestones))
@@ -68,17 +43,40 @@ def add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) 
              f" {milestones} of {recipe.epochs}, and in proportion with other --epochs")
     add("--weight_decay", type=value.weight, metavar="X",
         help=f"L2 penalty (default: {recipe.weight_decay:g})")
+    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
+    add("--holdout", type=value.count_or_zero, default=0, metavar="N",
+        help="choose the best epoch on the last N training images, which training leaves out;"
+             " with 0, choose it on the test set")
 
 
-def add_cifar_training_flags(parser: ArgumentParser) -> None:
-    """Training on small images."""
+def add_cifar_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int) -> None:
+    """Small images: which, where, and how to train on them; ``least_epochs`` is 0 or 1."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10",
+        help="cifar10 and cifar100 are downloaded; folder reads DATA_DIR/train/<class>/ and"
+             " DATA_DIR/test/<class>/ (or val); synthetic images are computed")
+    add("--data_dir", default="./data", metavar="DIR", help="folder of the data")
+    add("--image_size", type=value.count, default=32, metavar="PIXELS",
+        help="side of the images; folder images are resized and centre-cropped to it")
+    add("--limit_test_batches", type=value.count, metavar="N", help="evaluate on N batches of 500")
+    add_normalisation_flags(parser)
+    _add_recipe_flags(parser, recipe, least_epochs)
     add = parser.add_argument_group("CIFAR training").add_argument
     add("--cosine", action="store_true", help="no steps: warm up for 5 epochs, then half a cosine")
     add("--bs", type=value.count, default=128, metavar="N", help="images in a training batch")
 
 
-def add_imagenet_training_flags(parser: ArgumentParser) -> None:
-    """Training on large images."""
+def add_imagenet_flags(parser: ArgumentParser, recipe: Recipe) -> None:
+    """Large images in folders, and how to train on them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
+    add("--image_size", type=value.count, default=224, metavar="PIXELS",
+        help="side of the crops; for evaluation the images are resized to 8/7 of it")
+    add("--workers", "-j", type=value.count_or_zero, default=4, metavar="N",
+        help="processes that read and augment images, per rank")
+    add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
+    add_normalisation_flags(parser)
+    _add_recipe_flags(parser, recipe, least_epochs=0)
     add = parser.add_argument_group("ImageNet training").add_argument
     add("--train_bs", type=value.count, default=512, metavar="N",
         help="images in a training batch, of all GPUs and ranks together")
@@ -90,18 +88,6 @@ def add_imagenet_training_flags(parser: ArgumentParser) -> None:
         help="cosine: epochs at the last rate")
     add("--min_lr", type=value.weight, default=1e-5, metavar="X", help="cosine: last rate")
     add("--new_head", action="store_true", help="start a fresh classifier, for other classes")
-
-
-def add_folder_flags(parser: ArgumentParser) -> None:
-    """Large images in folders."""
-    add = parser.add_argument_group("data").add_argument
-    add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
-    add("--image_size", type=value.count, default=224, metavar="PIXELS",
-        help="side of the crops; for evaluation the images are resized to 8/7 of it")
-    add("--workers", "-j", type=value.count_or_zero, default=4, metavar="N",
-        help="processes that read and augment images, per rank")
-    add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
-    add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
 def add_conversion_flags(parser: ArgumentParser) -> None:
@@ -121,16 +107,12 @@ def add_conversion_flags(parser: ArgumentParser) -> None:
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
-def add_baseline_flag(parser: ArgumentParser) -> None:
-    """The network to prune."""
-    parser.add_argument("--checkpoint", metavar="PATH",
+def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None) -> None:
+    """What to prune, and how to score and select."""
+    add = parser.add_argument_group("pruning").add_argument
+    add("--checkpoint", metavar="PATH",
         help="the network to prune: a file, or a folder with <net>/model_best.pth or"
              " model_best.pth (default: --output)")
-
-
-def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None) -> None:
-    """How to score and select."""
-    add = parser.add_argument_group("pruning").add_argument
     goal = parser.add_argument_group("how much to cut, one of").add_mutually_exclusive_group()
     goal.add_argument("--p", "-p", type=value.ratio, default=p, metavar="RATIO",
         help="share of the channels to cut, over all layers together, in [0, 1)")
@@ -189,17 +171,13 @@ def add_device_flags(parser: ArgumentParser) -> None:
         help="GPUs that share every batch, such as 0,1 (default: all visible ones)")
 
 
-def add_acceleration_flags(parser: ArgumentParser) -> None:
-    """How to train faster, with other bits."""
+def add_run_flags(parser: ArgumentParser) -> None:
+    """What every run has: how to train faster, where, what it writes, and how to go on."""
     add = parser.add_argument_group("speed").add_argument
     add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
     add("--channels_last", action="store_true", help="store activations pixel by pixel")
     add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
     add("--fused", action="store_true", help="the optimiser updates all weights in one pass")
-
-
-def add_run_flags(parser: ArgumentParser) -> None:
-    """What every run has."""
     add_device_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=value.count_or_zero, default=1, metavar="N",
@@ -211,10 +189,6 @@ def add_run_flags(parser: ArgumentParser) -> None:
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
     add("--logdir", metavar="DIR", help="where TensorBoard files go (default: OUTPUT/runs)")
     add("--overwrite", action="store_true", help="replace the run that is in the folder, if any")
-
-
-def add_resume_flags(parser: ArgumentParser) -> None:
-    """How to go on."""
     add = parser.add_argument_group("resume").add_argument
     add("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"

@@ -34,11 +34,12 @@ def normalisation(args: Namespace) -> Normalisation | None:
     return Normalisation(args.mean, args.std) if args.mean else None
 
 
-def cosine(args: Namespace) -> Cosine | None:
-    """The schedule of --cosine or --sched cosine; None for steps."""
-    if getattr(args, "sched", "step") == "cosine":
-        return Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
-    return CIFAR_COSINE if getattr(args, "cosine", False) else None
+def recipe_changes(args: Namespace) -> dict[str, Any]:
+    """What replaces values of the published recipe; None leaves them."""
+    cosine = CIFAR_COSINE if getattr(args, "cosine", False) else None
+    if getattr(args, "sched", None) == "cosine":
+        cosine = Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
+    return {"lr": args.lr, "weight_decay": args.weight_decay, "cosine": cosine}
 
 
 def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
@@ -52,8 +53,8 @@ def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
         warn(f"--min_channels {args.min_channels}: {no_cut}")
         args.min_channels = widest
     stage_epochs = args.step_epochs if args.steps else args.smooth_epochs
-    changes = args.lr, args.weight_decay, cosine(args)
-    recipes = published.adapted(args.epochs, stage_epochs, args.final_epochs, *changes)
+    lengths = args.epochs, stage_epochs, args.final_epochs
+    recipes = published.adapted(*lengths, **recipe_changes(args))
     if args.steps:
         way, method = rounds.in_steps(args.steps, recipes), f"{args.steps} steps"
     elif args.smooth:
@@ -84,38 +85,36 @@ def new_record(args: Namespace, asked: Pruning | None = None) -> Record:
     return record
 
 
-def baseline_run(args: Namespace, checkpoint: Path | None) -> RunSettings:
-    """The folder of train.py, and what happens to files that are already there."""
-    return _run_settings(args, network_folder(args), configuration(args), checkpoint)
-
-
-def pruning_run(args: Namespace, baseline: Checkpoint) -> RunSettings:
-    """The folder of a pruning script. Call ``pruning`` first: it settles --min_channels."""
-    name = f"{network_folder(args)}/{run_name(args)}"
-    return _run_settings(args, name, configuration(args, baseline.digest), None)
-
-
-def _run_settings(
-    args: Namespace, name: str, config: dict[str, Any], checkpoint: Path | None
+def run_folder(
+    args: Namespace, baseline: Checkpoint | None = None, checkpoint: Path | None = None
 ) -> RunSettings:
+    """The folder of a run, and what happens to files that are already there.
+
+    Args:
+        baseline: the network to prune, if any. Call ``pruning`` first: it settles --min_channels.
+        checkpoint: the file that ``train.py --checkpoint`` continues, if given.
+    """
+    name, config = network_folder(args), configuration(args, baseline and baseline.digest)
+    if baseline:
+        name += f"/{run_name(args)}"
     logdir = Path(args.logdir) if args.logdir else Path(args.output) / "runs"
     folders, asked = (Path(args.output) / name, logdir / name), (args.resume, args.overwrite)
     return RunSettings(*folders, args.net, config, *asked, args.checkpoint_every, checkpoint)
 
 
-def check_alias(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse a network of 100 classes for data of 10 classes, before any download."""
+def check_run(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags of any run that do not go together, before any download."""
+    if args.overwrite and args.resume:
+        parser.error("--resume and --overwrite do not go together")
+    check_normalisation(parser, args)
     name, classes = ALIASES.get(args.net, (args.net, None))
     if classes == 100 and args.dataset in ("cifar10", "synthetic"):
         wrong = f"--net {args.net} has 100 classes and {args.dataset} has 10"
         parser.error(f"{wrong}; use --dataset cifar100 or --net {name}")
-
-
-def check_run(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse both continuing and replacing a run, and what ``check_normalisation`` refuses."""
-    if args.overwrite and args.resume:
-        parser.error("--resume and --overwrite do not go together")
-    check_normalisation(parser, args)
+    if getattr(args, "sched", None) == "step":
+        for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
+            if getattr(args, flag) != args.defaults[flag]:
+                parser.error(f"--{flag} goes with --sched cosine")
 
 
 def check_normalisation(parser: ArgumentParser, args: Namespace) -> None:
@@ -139,13 +138,6 @@ def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
     stages, final = (args.epochs if length is None else length for length in lengths)
     if args.smooth and stages and not final:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
-
-
-def check_schedule(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags of the cosine schedule for training by steps."""
-    for flag in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
-        if args.sched == "step" and getattr(args, flag) != args.defaults[flag]:
-            parser.error(f"--{flag} goes with --sched cosine")
 
 
 def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:

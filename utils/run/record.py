@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from models import Gate, GatedModel
@@ -129,7 +129,7 @@ class Record:
         return {name: size["before"] for name, size in sizes.items()}
 
     def add_epoch(self, epoch: Epoch, round_number: int, tested_on: str) -> None:
-        self.history.append({**epoch.as_dict(), "round": round_number, "tested_on": tested_on})
+        self.history.append({**asdict(epoch), "round": round_number, "tested_on": tested_on})
 
     def epochs(self, round_number: int) -> list[Epoch]:
         """The epochs of one round; rounds count from 1."""
