@@ -287,9 +287,14 @@ def test_zero_weight_decay_in_the_same_folder_is_another_run(trained):
             run_train("--weight_decay", "0", *extra)
 
 
-def test_other_images_of_the_same_classes_are_other_data(trained):
-    make_folder(Path("others"), images=9, size=(16, 16))
-    Path("others/train/cat/0.png").rename("others/train/cat/new.png")
+@pytest.mark.parametrize("changed", ["name", "size"])
+def test_other_images_of_the_same_classes_are_other_data(trained, changed):
+    others = make_folder(Path("others"), images=9, size=(16, 16))
+    image = others / "train" / "cat" / "0.png"
+    if changed == "name":
+        image.rename(image.with_name("new.png"))
+    else:
+        image.write_bytes(image.read_bytes() + b"1")
     with pytest.raises(InputError, match="data: 36 images .* there, 36 images .* here"):
         run_train("--data_dir", "others")
 
