@@ -36,8 +36,8 @@ from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import write_atomically
 from utils.run.callbacks import RunCallback
-from utils.run.existing import differences
-from utils.run.folder import RunFolder, RunSettings
+from utils.run.existing import RunSettings, differences
+from utils.run.folder import RunFolder
 from utils.run.state import random_state, set_random_state
 
 ROOT = Path(__file__).parents[1]

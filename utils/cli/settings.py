@@ -14,7 +14,7 @@ from utils.data.batches import Normalisation
 from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.recipes import CIFAR_COSINE, Cosine, Recipes
 from utils.run import rounds
-from utils.run.folder import RunSettings
+from utils.run.existing import RunSettings
 from utils.run.record import Record
 from utils.run.rounds import Pruning
 from utils.saliency import CRITERIA, Scoring
