@@ -31,6 +31,7 @@ from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_images
 from utils.distributed import select_runtime
 from utils.errors import InputError
+from utils.files import writable
 from utils.finetune import evaluate
 from utils.run.baseline import check_classes
 
@@ -127,13 +128,11 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
 
 def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
     """Write the baseline. Raises InputError rather than replace other weights unasked."""
-    try:
+    with writable(path, "--output"):
         if overwrite or not path.exists():
             save_checkpoint(path, model, **meta)
         elif load_checkpoint(path).digest != Checkpoint(model, {}).digest:
             raise InputError(f"{path} holds other weights; use --overwrite to replace them")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); see --output") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 from helpers import run_gfbs
 
 from tools import results
-from tools.plots import draw, short_names
+from tools.plots import draw
 from tools.trials import CIRCUMSTANCES, OUTCOME, WHAT
 from utils.errors import InputError
 from utils.saliency import CRITERIA
@@ -170,11 +170,11 @@ def test_only_seeds_are_averaged_and_the_rest_is_told(show):
 
 
 @pytest.mark.parametrize("flag, values, experiments", [
-    ("w_beta", [0.05, None], 1), ("w_beta", [0, None], 2),  # its default is 0.05
+    ("round_to", [1, None], 1), ("round_to", [8, None], 2),  # without the flag it was 1
     ("recalibrate", [0, None, 0.0], 1), ("weight_decay", [0, None], 2),  # 0, and none
     ("cosine", [False, None], 1), ("cosine", [False, True], 2), ("lr", [0.1, 0.10, 0.2], 2),
 ])  # fmt: skip
-def test_a_value_equals_itself_and_a_missing_one_the_default(tmp_path, flag, values, experiments):
+def test_a_value_equals_itself_and_a_missing_flag_is_off(tmp_path, flag, values, experiments):
     """None stands for a configuration without the flag."""
     for seed, value in enumerate(values):
         result = make_result(tmp_path / f"{seed}", seed=seed, config={flag: value})
@@ -276,9 +276,10 @@ def test_page_has_every_number_from_the_tables_and_the_same_bytes_each_time(tmp_
     text = made[0]["results.md"].decode()
     assert "## A title\n\nAnd a remark.\n\nNo rows" in text and "## some criteria\n" in text
     assert "![some criteria](some_criteria.svg)" in text
-    for said in ("cifar10", "10 (0123abcd)", "trained for 10 epochs", "Fine-tuned for 3 epochs",
-                 "float32", "torch 2.0", "commit abc1234", "digest1, digest2"):  # fmt: skip
-        assert said in text
+    same = " ".join(text.split())
+    for said in ("cifar10", "10 (0123abcd)", "baseline_epochs 10", ", epochs 3, "):
+        assert said in same
+    assert "baseline digest1, digest2; threads not recorded; torch 2.0; commit abc1234" in text
     assert [row["criterion"] for row in printed(text)] == ["gfbs", "l1"]
 
 
@@ -312,18 +313,17 @@ def test_plots_stay_readable(tmp_path, name):
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     assert len(figure.subfigs) == panels
-    boxes = {"title": figure._suptitle.get_window_extent(renderer)}
+    boxes = {}
     if name == "values":
         shown = [t.get_text() for strip in figure.subfigs for t in strip.legends[0].get_texts()]
         assert {f"w_beta {i / 40:g}" for i in range(40)} == {*shown} - {"baseline", "chance"}
-        assert "amp bf16" in figure.get_suptitle() and "w_beta" not in figure.get_suptitle()
     for number, strip in enumerate(figure.subfigs):
         (legend,) = strip.legends
         curves = [text.get_text() for text in legend.get_texts()][:-2]
         assert 1 <= len(curves) <= 8 and "cifar10" in strip.get_suptitle()
         *accuracy, _ = strip.axes
         titles = {axes.get_xlabel() for axes in accuracy}
-        assert titles == {"", "MACs kept, %", "parameters kept, %"} or len(accuracy) == 2
+        assert titles == {"", "MACs kept, %", "params kept, %"} or len(accuracy) == 2
         for axes in accuracy[-2:]:  # the lowest
             (chance,) = (line for line in axes.lines if line.get_label() == "chance")
             assert chance.get_ydata()[0] == 10 and axes.get_ylim()[0] <= 10 <= axes.get_ylim()[1]
@@ -338,12 +338,6 @@ def test_plots_stay_readable(tmp_path, name):
         assert page.containsy(box.y0) and page.containsy(box.y1), name
         for other, its in boxes.items():
             assert name == other or not box.padded(-1).overlaps(its.padded(-1)), (name, other)
-
-
-def test_names_of_layers_are_short_and_stay_different():
-    assert short_names(["features.2", "features.11"]) == ["2", "11"]
-    names = ["gate1", "layer1.0.gate1", "layer1.0.gate2"]
-    assert short_names(names) == ["g1", "1.0.g1", "1.0.g2"]
 
 
 def test_the_plot_is_a_file_of_its_kind_and_needs_matplotlib(tmp_path, monkeypatch):
@@ -411,7 +405,7 @@ def test_places_without_results_and_files_that_cannot_be_written(tmp_path):
             tool(tmp_path / name)
     make_result(tmp_path / "a")
     for flag, name in (("csv", "file/x.csv"), ("plot", "a/result.json/x.png")):
-        with pytest.raises(InputError, match=f"--{flag} .*cannot be written"):
+        with pytest.raises(InputError, match=f"cannot be written.*--{flag}"):
             tool(tmp_path, **{flag: tmp_path / name})
 
 

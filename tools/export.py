@@ -33,7 +33,7 @@ from utils.cli.parser import Parser, count, run_script
 from utils.cost import model_cost
 from utils.data.batches import Normalisation
 from utils.errors import InputError, RunError
-from utils.files import write_atomically, write_json
+from utils.files import writable, write_bytes, write_json
 
 TOLERANCE = 1e-5  # max |a - b| / max |a|
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -74,12 +74,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not difference <= TOLERANCE:
         found = f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}"
         raise RunError(f"{source}: the exported network's {found}; nothing is written")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda file: file.write(content))
+    with writable(target, "--output"):
+        write_bytes(target, content)
         write_json(about, description)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error}); see --output") from error
     print(f"{target}: {len(content) / 1e6:.2f} MB, logits differ by {difference:.1e}; {about}")
     return description
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import textwrap
 from collections import Counter
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from tools.trials import COSTS, SHOWN, Row, Trial, defaults, make_rows, words
+from tools.trials import COSTS, SHOWN, Row, Trial, make_rows
 from utils.saliency import CRITERIA
 
 MOST = 8  # curves that a panel keeps apart
@@ -24,14 +23,12 @@ MOST = 8  # curves that a panel keeps apart
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 HEIGHTS = {"fine_tuned": 5, "recalibrated": 3, "after_surgery": 3}  # from top to bottom
-KEPT = {"macs": "MACs kept, %", "params": "parameters kept, %"}
-RC = {
-    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "lines.linewidth": 1.3, "lines.markersize": 4.5, "savefig.dpi": 180,
-    "text.parse_math": False, "svg.hashsalt": "results",
-}  # fmt: skip
+RC = dict.fromkeys(("axes.titlesize", "axes.labelsize"), 10)
+RC |= {"legend.fontsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
+RC |= {"axes.grid": True, "grid.color": "0.9", "grid.linewidth": 0.6, "axes.axisbelow": True}
+RC |= {"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180}
+RC |= {"lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 2}
+RC |= {"text.parse_math": False, "svg.hashsalt": "results"}  # plain text, the same bytes each time
 CHANCE = {"color": "0.35", "linewidth": 0.9, "linestyle": ":", "label": "chance"}
 BASELINE = {"color": "0.35", "linewidth": 0.9, "label": "baseline"}
 Curves = dict[str, list[Row]]  # ways to prune one network on one data set, each with all its sizes
@@ -46,22 +43,18 @@ def plot(trials: Sequence[Trial], kind: str) -> bytes:
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
-    """A figure with a strip for every panel; its title says what is the same in all rows."""
-    rows, same = make_rows(trials)
-    panels = make_panels(rows)
-    both = ("criterion", "method")
-    common = [rows[0].text(n) for n in both if len({row.text(n) for row in rows}) == 1]
-    common += [words(*s) for s in same.items() if s not in defaults(trials[0]).items()]
-    common += ["bars: standard deviation over seeds"] * any(len(row.runs) > 1 for row in rows)
-    heights = [1.8 + 0.33 * sum(map(HEIGHTS.get, measured(curves)))
-               + 0.1 * len("\n".join(curves).split("\n"))
-               for curves in panels.values()]  # fmt: skip
-    figure = Figure(figsize=(12, 0.4 + sum(heights)), layout="constrained")
+    """A figure with a strip for every panel."""
+    panels, heights = make_panels(make_rows(trials)[0]), []
+    for curves in panels.values():
+        lines = sum(label.count("\n") + 1 for label in curves)
+        heights.append(1.8 + 0.33 * sum(map(HEIGHTS.get, measured(curves))) + 0.1 * lines)
+    figure = Figure(figsize=(12, 0.1 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(", ".join(common), 140), x=0.01, ha="left", fontsize=9)
     strips = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)
     for strip, (title, curves) in zip(strips[:, 0], panels.items(), strict=True):
-        strip.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        several = any(len(row.runs) > 1 for row in sum(curves.values(), []))
+        title += " (bars: standard deviation over seeds)" * several
+        strip.suptitle(title, x=0.01, ha="left", fontsize=11)
         _draw_panel(strip, curves)
     return figure
 
@@ -71,17 +64,19 @@ def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
     several = {n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1}
     places: dict[str, Curves] = {}
     for row in rows:
-        parts = [row.text(name) for name in ("criterion", "method") if name in several]
+        both = {name: row.text(name) for name in ("criterion", "method")}
+        parts = [text for name, text in both.items() if name in several]
         parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
+        same = [text for name, text in both.items() if name not in several]
+        title = ", ".join([f"{row.text('net')} on {row.text('dataset')}", *same])
         label = ", ".join(filter(None, [*parts, row.also])) or row.text("criterion")
-        curves = places.setdefault(f"{row.text('net')} on {row.text('dataset')}", {})
-        curves.setdefault(textwrap.fill(label, 70), []).append(row)
+        places.setdefault(title, {}).setdefault(textwrap.fill(label, 70), []).append(row)
     panels = {}
-    for place, curves in places.items():
+    for title, curves in places.items():
         count = -(-len(curves) // MOST)
         for i in range(count):  # about equally many in each
             part = list(curves.items())[len(curves) * i // count : len(curves) * (i + 1) // count]
-            panels[place + f" ({i + 1} of {count})" * (count > 1)] = dict(part)
+            panels[title + f" ({i + 1} of {count})" * (count > 1)] = dict(part)
     return panels
 
 
@@ -98,23 +93,21 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     axes = left.subplots(sharex="col", sharey="row", squeeze=False)
     axes[0, 0].set_title("top-1 accuracy", loc="left")
     for name, both in zip(shown, axes, strict=True):
-        both[0].set_ylabel(f"{name.replace('_', '-' if name == 'fine_tuned' else ' ')}, %")
+        both[0].set_ylabel(f"{SHOWN[name]}, %")
         lowest = min((r.percent[name].mean for r in rows if name in r.percent), default=0)
-        for place, (of, title) in zip(both, KEPT.items(), strict=True):
+        for place, of in zip(both, COSTS, strict=True):
             for style, curve in zip(styles, curves.values(), strict=True):
                 found = [row.percent for row in curve if {of, name} <= row.percent.keys()]
                 points = sorted((p[of].mean, p[name].mean, p[name].deviation or 0) for p in found)
-                x, y, bars = zip(*points, strict=True) if points else ((), (), ())
-                place.errorbar(
-                    x, y, bars if any(bars) else None, capsize=2, elinewidth=0.9, **style
-                )
+                x, y, spread = zip(*points, strict=True) if points else ((), (), ())
+                place.errorbar(x, y, spread if any(spread) else None, **style)
             # A line for chance far below all points would flatten the curves.
             if chance and (name == shown[-1] or lowest - chance < 30):
                 place.axhline(chance, zorder=1, **CHANCE)
-            for baseline in sorted(baselines) if name == shown[0] else ():
+            for baseline in baselines if name == shown[0] else ():
                 place.axhline(baseline, zorder=1, **BASELINE)
             place.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-            place.set_xlabel(title * (name == shown[-1]))
+            place.set_xlabel(f"{COSTS[of]} kept, %" * (name == shown[-1]))
     _draw_channels(strip.add_subplot(grid[1]), curves, styles)
     handles = [Line2D([], [], label=n, **s) for n, s in zip(curves, styles, strict=True)]
     handles += [Line2D([], [], **BASELINE)] * bool(baselines)
@@ -144,23 +137,15 @@ def _draw_channels(axes: Any, curves: Curves, styles: list[dict[str, Any]]) -> N
     having = Counter(row.asked for row in rows)
     most = [asked for asked, count in having.items() if count == max(having.values())]
     asked = most[len(most) // 2]
-    names = [n for row in rows for n in row.percent if n not in (*COSTS, *SHOWN)]
-    names = list(dict.fromkeys(names))
+    names = list(
+        dict.fromkeys(n for row in rows for n in row.percent if n not in {**COSTS, **SHOWN})
+    )
     for style, curve in zip(styles, curves.values(), strict=True):
         for of in (row.percent for row in curve if row.asked == asked):
             points = [(x, of[name].mean) for x, name in enumerate(names) if name in of]
             axes.plot(*zip(*points, strict=True), **style) if points else None
     every = -(-len(names) // 26) or 1  # as many names fit below the axis
-    labels = short_names(names)
-    long = max(map(len, labels), default=0) > 3
-    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(range(0, len(labels), every), labels[::every], **turned)
+    places, turned = range(0, len(names), every), {"ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(places, names[::every], rotation=60, **turned)
     axes.set(ylim=(0, 103), ylabel="channels kept, %", xlabel="channel group, from input to output")
     axes.set_title(f"channels kept per layer, {asked}", loc="left")
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names that fit below an axis: ``1.0.g2`` for layer1.0.gate2, ``11`` for features.11."""
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    start = common.rfind(".") + 1
-    return [re.sub(r"\blayer(?=\d)", "", name[start:]).replace("gate", "g") for name in names]

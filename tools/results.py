@@ -20,18 +20,30 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools.trials import Trial, csv_text, make_rows, merge, natural, read_csv, read_result, words
+from tools.trials import (
+    SHOWN,
+    Trial,
+    csv_text,
+    make_rows,
+    merge,
+    natural,
+    read_csv,
+    read_result,
+    words,
+)
 from utils.cli.parser import Parser, run_script
 from utils.errors import InputError
-from utils.files import write_atomically
+from utils.files import writable, write_bytes
 
 ENDINGS = (".png", ".pdf", ".svg")
 WIDTH = 160  # of a table
-HOLDOUT = "† "  # marks accuracies of the epoch that a holdout chose
+HOLDOUT = "†"  # marks accuracies of the epoch that a holdout chose
 TEXTS = {"network": "net", "data": "dataset", "criterion": "criterion", "method": "method"}
-NUMBERS = {"MACs kept": "macs", "params kept": "params", "baseline": "baseline",
-           "after surgery": "after_surgery", "recalibrated": "recalibrated",
-           "fine-tuned": "fine_tuned"}  # fmt: skip
+NUMBERS = {"MACs kept": "macs", "params kept": "params"} | {t: n for n, t in SHOWN.items()}
+LEGEND = (
+    "Shares kept, and top-1 accuracies on the test set, in %; mean ± sample standard deviation"
+    " over the seeds. Fine-tuned: the last epoch"
+)
 NO_ROWS = "No rows are there yet."
 Tables = dict[Path, list[Trial]]  # by file, or a heading
 Columns = dict[str, list[str]]
@@ -40,35 +52,31 @@ Columns = dict[str, list[str]]
 def markdown(trials: Sequence[Trial]) -> str:
     """A row per experiment; what all have in common stands above the table."""
     rows, same = make_rows(trials)
-    every = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
-    every |= {"asked": [r.asked for r in rows], "settings": [r.also or "-" for r in rows]}
-    alike = {title: texts[0] for title, texts in every.items() if len({*texts}) == 1}
+    left = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
+    left |= {"asked": [r.asked for r in rows], "settings": [r.also or "-" for r in rows]}
+    alike = {title: left.pop(title)[0] for title in [*left] if len({*left[title]}) == 1}
     common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")]
     common += [words(*setting) for setting in same.items()]
-    cells = {title: texts for title, texts in every.items() if title not in alike}
     right = {title: [str(r.percent.get(of, "-")) for r in rows] for title, of in NUMBERS.items()}
     right = {title: texts for title, texts in right.items() if {*texts} != {"-"}}
-    held = [row.text("chosen_on") == "holdout" and "fine_tuned" in row.percent for row in rows]
-    if any(held):
-        tuned = right["fine-tuned"]
-        right["fine-tuned"] = [HOLDOUT * h + text for h, text in zip(held, tuned, strict=True)]
     right["seeds"] = [str(len(row.runs)) for row in rows]
-    left, notes = cells, []
+    held = [i for i, row in enumerate(rows) if row.text("chosen_on") == "holdout"]
+    held = [i for i in held if "fine_tuned" in rows[i].percent]
+    for i in held:
+        right["fine-tuned"][i] = f"{HOLDOUT} {right['fine-tuned'][i]}"
     # Where the table is too wide, notes below it have the settings, or all of its left part.
+    notes, cells = [], left
     for title, fold in (("settings", ["settings"]), ("experiment", [*cells])):
         if cells.keys() >= {*fold} and len(next(_table(left, right))) > WIDTH:
             texts = [", ".join(parts) for parts in zip(*map(cells.get, fold), strict=True)]
             notes = list(dict.fromkeys(texts))
             left = {name: cells[name] for name in cells if name not in fold}
             left[title] = [f"({notes.index(text) + 1})" for text in texts]
-    marked = f"; with {HOLDOUT.strip()}, the one chosen on the holdout" * any(held)
-    return "\n".join([
-        textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), "",
-        *_table(left, right), "",
-        "Shares kept, and top-1 accuracies on the test set, in %; mean ± sample standard deviation"
-        f" over the seeds. Fine-tuned: the last epoch{marked}.",
-        *[_plain(f"- ({number}) {note}") for number, note in enumerate(notes, 1)],
-    ])  # fmt: skip
+    lines = [textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), ""]
+    lines += [*_table(left, right), ""]
+    lines.append(f"{LEGEND}{f'; with {HOLDOUT}, the one chosen on the holdout' * bool(held)}.")
+    lines += [_plain(f"- ({number}) {note}") for number, note in enumerate(notes, 1)]
+    return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
@@ -90,13 +98,12 @@ def _table(left: Columns, right: Columns) -> Iterator[str]:
 
 def page(tables: Tables) -> str:
     """docs/results.md: a section per table."""
-    parts = ["# Results", "Made by `make tables`. Every number comes from the tables in"
-             " [results/](../results/README.md)."]  # fmt: skip
+    source = "Every number comes from the tables in [results/](../results/README.md)."
+    parts = ["# Results", f"Made by `make tables`. {source}"]
     for path, trials in tables.items():
         title, remark = heading(path)
-        runs = f"- {len(trials)} runs: [{path.name}](../results/{path.name})"
         parts += filter(None, [f"## {title}", remark])
-        parts += [facts(trials) + runs, markdown(trials)] if trials else [NO_ROWS]
+        parts += [made_with(path, trials), markdown(trials)] if trials else [NO_ROWS]
         parts += [f"![{title}]({path.stem}.svg)"] * bool(trials)
     return "\n\n".join(parts if tables else [*parts, NO_ROWS]) + "\n"
 
@@ -109,23 +116,13 @@ def heading(path: Path) -> tuple[str, str]:
     return title.lstrip("# "), remark.strip()
 
 
-def facts(trials: Sequence[Trial]) -> str:
-    """Where the numbers come from, as a list."""
-
-    def values(name: str, none: str = "not recorded", of: Sequence[Trial] = trials) -> str:
-        return _plain(", ".join(sorted({t.get(name) or none for t in of}, key=natural)))
-
-    numbers = sorted(float(t["top1_baseline"]) for t in trials if t.get("top1_baseline"))
-    ends = dict.fromkeys(f"{number:.2f} %" for number in numbers[:1] + numbers[-1:])
-    told = [trial for trial in trials if trial.get("baseline_epochs")]
-    how = f", trained for {values('baseline_epochs', of=told)} epochs" * bool(told)
-    return (
-        f"- Data: {values('dataset')}; classes {values('classes')}; images of"
-        f" {values('image_size')} pixels; fingerprint {values('data')}\n"
-        f"- Baseline: top-1 {' to '.join(ends) or '-'}{how}; weights {values('baseline')}\n"
-        f"- Fine-tuned for {values('epochs', '0')} epochs; precision {values('amp', 'float32')}\n"
-        f"- Threads: {values('threads')}; torch {values('torch')}; commit {values('commit')}\n"
-    )
+def made_with(path: Path, trials: Sequence[Trial]) -> str:
+    """A line that tells where the numbers come from."""
+    said = [f"{len(trials)} runs: [{path.name}](../results/{path.name})"]
+    for name in ("baseline", "threads", "torch", "commit"):
+        known = sorted({trial[name] for trial in trials if trial.get(name)}, key=natural)
+        said.append(f"{name} {', '.join(known) or 'not recorded'}")
+    return _plain("; ".join(said))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -133,9 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="folders, and CSV tables")
     parser.add_argument("--csv", metavar="FILE", help="add all runs to this table")
     parser.add_argument("--plot", metavar="FILE", help=f"draw them; {', '.join(ENDINGS)}")
-    parser.add_argument(
-        "--page", metavar="FILE", help="write a page of a folder's tables, and plots"
-    )
+    parser.add_argument("--page", metavar="FILE", help="write a page of all tables, and plots")
     args = parser.parse_args(argv)
     if args.page and (args.csv or args.plot):
         parser.error("--page goes with no other flag")
@@ -148,10 +143,9 @@ def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
     if (args.plot or args.page) and not find_spec("matplotlib"):  # before anything is written
         raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
-    paths = [Path(name) for name in args.inputs if name.endswith(".csv")]
-    folders = [Path(name) for name in args.inputs if not name.endswith(".csv")]
-    results = []
-    for folder in folders:
+    inputs, results = [Path(name) for name in args.inputs], []
+    paths = [path for path in inputs if path.suffix == ".csv"]
+    for folder in (path for path in inputs if path.suffix != ".csv"):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name one of results, or a .csv file")
         if args.page:
@@ -162,10 +156,10 @@ def main(args: argparse.Namespace) -> Tables:
     if args.page:
         for path in filter(tables.get, tables):
             _draw(tables[path], Path(args.page).with_name(f"{path.stem}.svg"), "--page")
-        _write(Path(args.page), "--page", page(tables).encode())
+        _write(args.page, "--page", page(tables).encode())
         return tables
-    if results:
-        tables[Path("Folders")] = merge([], filter(None, results))
+    if pruned := merge([], filter(None, results)):
+        tables[Path("Folders")] = pruned
     trials = sum(tables.values(), [])
     if not trials:
         unpruned = f", but {len(results)} of unpruned networks" * bool(results)
@@ -191,11 +185,9 @@ def _draw(trials: Sequence[Trial], path: Path, flag: str) -> None:
     _write(path, flag, plot(trials, path.suffix[1:]))
 
 
-def _write(path: Path, flag: str, content: bytes) -> None:
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error})") from error
+def _write(path: str | Path, flag: str, content: bytes) -> None:
+    with writable(path, flag):
+        write_bytes(path, content)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,11 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gfbs_cifar
-import gfbs_imagenet
-import train
-from utils.cli.settings import configuration
 from utils.errors import InputError
+from utils.run.existing import BEFORE
 from utils.run.record import Record
 from utils.saliency import CRITERIA
 
@@ -29,15 +25,15 @@ ASKED = {"p": "p", **COSTS}
 COLUMNS = ("net", "dataset", "criterion", "method", "asked_of", "asked")  # also when printed
 WHAT = (*COLUMNS, "seed", "score_seed")
 ACCURACIES = ("baseline", "after_surgery", "recalibrated", "last", "best")
-SHOWN = (*ACCURACIES[:3], "fine_tuned")
-NUMBERS = (*(f"{of}_{when}" for of in COSTS for when in ("before", "after")),
-           *(f"top{k}_{name}" for k in (1, 5) for name in ACCURACIES), "best_epoch")  # fmt: skip
+SHOWN = {name: name.replace("_", " ") for name in ACCURACIES[:3]} | {"fine_tuned": "fine-tuned"}
+SIZES = tuple(f"{of}_{when}" for of in COSTS for when in ("before", "after"))
+NUMBERS = (*SIZES, *(f"top{k}_{name}" for k in (1, 5) for name in ACCURACIES), "best_epoch")
 OUTCOME = (*NUMBERS, "chosen_on", "channels")
 # These differ between two runs that compute the same.
 CIRCUMSTANCES = ("images_per_second", "wall_time_seconds", "threads", "torch", "commit")
 PLACE = "place"  # where a row comes from, for messages; no table has it
-OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch", "threads"}  # flags that other columns say
-COMMON = {"net", "dataset", "classes", "image_size", "baseline", "threads"}  # of run and baseline
+OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch"}  # flags that other columns say
+COMMON = {"net", "dataset", "classes", "image_size", "baseline"}  # of run and baseline
 WIDTHS = re.compile(r"(\S+):(\d+)/([1-9]\d*)")  # of a channel group, after/before
 
 
@@ -69,27 +65,31 @@ def read_result(path: Path) -> Trial | None:
 def _trial(run: Record) -> Trial:
     config, baseline = run.config, (run.baseline or {}).get("config") or {}
     [asked] = [of for of in ASKED if config.get(of) is not None] or [None]
+    values = {name: value for name, value in config.items() if name not in OTHERWISE}
+    values |= {f"baseline_{name}": v for name, v in baseline.items() if name not in COMMON}
+    values |= {"net": run.net, "dataset": run.dataset, "method": run.method}
+    values |= {"asked_of": ASKED.get(asked), "asked": config.get(asked)}
+    for of, cost in run.cost.items():
+        values |= {f"{of}_{when}": number for when, number in cost.items()}
+    for name in ACCURACIES:
+        values |= {f"top1_{name}": run.accuracy.get(name), f"top5_{name}": run.top5.get(name)}
+    values |= {"best_epoch": run.accuracy.get("best_epoch")}
+    values |= {"chosen_on": run.holdout and "holdout"}
+    widths = (run.channels or {}).items()
+    values["channels"] = " ".join(
+        f"{''.join(name.split())}:{width['after']}/{width['before']}" for name, width in widths
+    )
     speeds = [epoch["images_per_second"] for epoch in run.history if "images_per_second" in epoch]
-    values = {
-        **{name: value for name, value in config.items() if name not in OTHERWISE},
-        **{f"baseline_{name}": value for name, value in baseline.items() if name not in COMMON},
-        "net": run.net, "dataset": run.dataset, "method": run.method,
-        "asked_of": asked and ASKED[asked], "asked": asked and config[asked],
-        **{f"{of}_{when}": n for of, cost in run.cost.items() for when, n in cost.items()},
-        **{f"top1_{name}": run.accuracy.get(name) for name in ACCURACIES},
-        **{f"top5_{name}": run.top5.get(name) for name in ACCURACIES},
-        "best_epoch": run.accuracy.get("best_epoch"), "chosen_on": run.holdout and "holdout",
-        "channels": " ".join(f"{''.join(name.split())}:{width['after']}/{width['before']}"
-                             for name, width in (run.channels or {}).items()),
-        "images_per_second": round(statistics.fmean(speeds), 1) if speeds else None,
-        "wall_time_seconds": run.wall_time_seconds, "threads": config.get("threads"),
-        **{name: text for name, text in (run.versions or {}).items() if name in CIRCUMSTANCES},
-    }  # fmt: skip
+    values["images_per_second"] = round(statistics.fmean(speeds), 1) if speeds else None
+    known = {**(run.versions or {}), "wall_time_seconds": run.wall_time_seconds}
+    values |= {name: value for name, value in known.items() if name in CIRCUMSTANCES}
     return {cell(name): cell(value) for name, value in values.items()}
 
 
 def _checked(trial: Trial, place: str) -> Trial:
-    """The row with the defaults of flags that it lacks; InputError where a number is none."""
+    """The row with the values of flags that are younger than it; InputError where a number is
+    none.
+    """
     for name in (*NUMBERS, "asked", "images_per_second", "wall_time_seconds"):
         try:
             number = float(trial.get(name) or 1)
@@ -97,24 +97,7 @@ def _checked(trial: Trial, place: str) -> Trial:
             number = math.nan
         if not math.isfinite(number) or (name.endswith("_before") and number < 1):
             raise InputError(f"{place}: {name} is {trial[name]!r}, where a number should be")
-    return {**defaults(trial), **trial, PLACE: place}
-
-
-def defaults(trial: Trial) -> Trial:
-    """The settings of the scripts that made this run and its baseline, where no flag is given."""
-    scripts = [(gfbs_imagenet if trial.get("train_bs") else gfbs_cifar, "", set())]
-    if trial.get("baseline_epochs"):
-        pruned = gfbs_imagenet if trial.get("baseline_train_bs") else gfbs_cifar
-        of = pruned if trial.get("baseline_criterion") else train
-        scripts.append((of, "baseline_", COMMON))
-    return {f"{start}{name}": text for script, start, without in scripts
-            for name, text in _defaults(script).items() if name not in without}  # fmt: skip
-
-
-@cache
-def _defaults(script: Any) -> Trial:
-    config = configuration(script.parse_args(["--data_dir", "."]))
-    return {name: cell(value) for name, value in config.items() if name not in {*WHAT, *OTHERWISE}}
+    return {**{name: cell(value) for name, value in BEFORE.items()}, **trial, PLACE: place}
 
 
 def read_csv(path: Path) -> list[Trial]:
@@ -131,15 +114,14 @@ def read_csv(path: Path) -> list[Trial]:
     for number, line in enumerate(lines, 2):
         if None in line or None in line.values():
             raise InputError(f"{path}, row {number}: not as many cells as columns")
-        trial = {name.removeprefix("'"): text.removeprefix("'") for name, text in line.items()}
-        trial = {cell(name): cell(text) for name, text in trial.items()}
+        trial = {cell(n.removeprefix("'")): cell(t.removeprefix("'")) for n, t in line.items()}
         trials.append(_checked(trial, f"{path}, row {number}"))
     return trials
 
 
 def csv_text(trials: Sequence[Trial]) -> str:
     """A row per run; settings that are off in every row have no column."""
-    used = {n for t in trials for n, text in [*defaults(t).items(), *t.items()] if text}
+    used = {name for trial in trials for name, text in trial.items() if text}
     own = sorted(used - {*WHAT, *OUTCOME, *CIRCUMSTANCES, PLACE})
     names, file = [*WHAT, *own, *OUTCOME, *CIRCUMSTANCES], io.StringIO()
     rows = [names, *([trial.get(name, "") for name in names] for trial in trials)]
@@ -160,8 +142,8 @@ def settings(trial: Trial) -> frozenset[tuple[str, str]]:
 
 
 def is_seed(name: str, trial: Trial) -> bool:
-    """Whether runs that differ in this setting repeat one experiment, as with other weights of a
-    baseline whose settings are known.
+    """Whether runs that differ in this setting repeat one experiment. Other weights of a baseline
+    repeat it if the baseline's settings are known.
     """
     known = bool(trial.get("baseline_epochs")) and name == "baseline"
     return known or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
@@ -183,13 +165,13 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
 
     def order(trial: Trial) -> list[Any]:
         """Criteria as they are registered; of the sizes, the largest network first."""
+        seeds = [name for name in names if is_seed(name, trial)]
+        others = [name for name in names if name not in seeds]
+        keys = ("net", "dataset", "method"), ("criterion", *others), seeds
+        place, way, seed = ([natural(trial.get(name, "")) for name in part] for part in keys)
         rank = [*CRITERIA, trial["criterion"]].index(trial["criterion"])
         asked = float(trial["asked"] or 0) * (1 if trial["asked_of"] == "p" else -1)
-        seeds = [name for name in names if is_seed(name, trial)]
-        ways = ["criterion", *(name for name in names if name not in seeds)]
-        places, ways, seeds = ([natural(trial.get(name, "")) for name in part]
-                               for part in (("net", "dataset", "method"), ways, seeds))  # fmt: skip
-        return [places, rank, ways, trial["asked_of"], asked, seeds]
+        return [place, rank, way, trial["asked_of"], asked, seed]
 
     return sorted(merged.values(), key=order)
 

@@ -6,8 +6,8 @@ import pickle
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,12 +67,25 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_text(path: str | Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def writable(place: str | Path, flag: str) -> Iterator[None]:
+    """Turn an error of writing below ``place`` into one line that names it and its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
 
 
 def read_tensors(path: Path) -> Any:

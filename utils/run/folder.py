@@ -18,7 +18,7 @@ from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.data.listing import class_digest
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
-from utils.files import remove_leftovers, write_atomically, write_json, write_text
+from utils.files import remove_leftovers, writable, write_bytes, write_json, write_text
 from utils.pruning import PruningPlan
 from utils.run import existing
 from utils.run.existing import RunSettings, find_last, find_run, load_resumable
@@ -80,7 +80,7 @@ class RunFolder:
         asked, path, found = self.settings, None, None
         if asked.checkpoint:  # a bad one leaves no trace in the folder
             found = find_last(asked, self.config)
-        with _writable(self.folder, "--output"):
+        with writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
             self._lock.acquire()
@@ -96,11 +96,11 @@ class RunFolder:
         return path
 
     def _open_files(self) -> None:
-        with _writable(self.settings.logdir, "--logdir"):
+        with writable(self.settings.logdir, "--logdir"):
             done = self._last and len(self._last.meta["training"]["record"]["history"])
             first_step = 0 if done is None else done + 1
             self.board = TensorBoardLog(self.settings.logdir, first_step, self.log)
-        with _writable(self.folder, "--output"):
+        with writable(self.folder, "--output"):
             self._log = (self.folder / "log.txt").open("a" if self._last else "w", encoding="utf-8")
             for name in existing.RESULTS if self.settings.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
@@ -199,7 +199,7 @@ class RunFolder:
         """Copy a file that lies beside the checkpoint of the settings, unless the run has it."""
         source, target = self.settings.checkpoint.with_name(name), self.folder / name
         if source.is_file() and not target.exists():
-            self._write(write_atomically, target, lambda file: file.write(source.read_bytes()))
+            self._write(write_bytes, target, source.read_bytes())
 
     def finish(self, record: Record) -> dict[str, Any]:
         """Complete the record, write it as result.json, and return its content."""
@@ -211,12 +211,3 @@ class RunFolder:
         took = timedelta(seconds=round(record.wall_time_seconds))
         self.log(f"took {took}; results in {self.folder}")
         return result
-
-
-@contextmanager
-def _writable(place: Path, flag: str) -> Iterator[None]:
-    """Turn an error of writing below ``place`` into one line that names it and its flag."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{place}: cannot be written ({error}); see {flag}") from error
