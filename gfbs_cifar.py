@@ -22,6 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
+from models import GatedModel
+from utils.checkpoint import Checkpoint
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
 from utils.data.batches import SCORING, Data, random_stream, scoring_batch
@@ -46,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_network_flag(parser)
     flags.add_pruning_flags(parser, p=0.7, score_images=200)
     flags.add_cifar_flags(parser, CIFAR_RECIPES.one_shot, least_epochs=0)
+    flags.add_distillation_flags(parser)
     flags.add_smooth_flags(parser, CIFAR_RECIPES)
     flags.add_run_flags(parser)
     args = parser.parse_args(argv)
@@ -69,7 +72,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     advice = "name the data that it was trained on"
     check_classes(baseline, about, f"--dataset {args.dataset}", advice)
     check_size(baseline, args.image_size)
-    check_batch(baseline.model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
+    per_norm = runtime.images_per_norm(args.bs // (args.accumulate or 1))
+    check_batch(baseline.model, args.image_size, per_norm, "--bs")
     check_goal(baseline.model, asked.goal, args.image_size)
     seed_everything(args.seed, args.deterministic)
     data = image_batches(
@@ -78,34 +82,38 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     with run.opened(about.classes):
         run.log(constants)
-        state = run.resumed() or RunState(baseline.model, settings.new_record(args, asked))
-        return prune_in_rounds(run, state, data, asked, baseline.meta.get("config"))
+        state = run.resumed() or RunState(
+            copy.deepcopy(baseline.model), settings.new_record(args, asked)
+        )
+        return prune_in_rounds(run, state, data, asked, baseline)
 
 
 def prune_in_rounds(
-    run: RunFolder, state: RunState, data: Data, asked: Pruning, made_by: Any
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, baseline: Checkpoint
 ) -> dict[str, Any]:
-    """Measure the baseline, prune it round by round, and return the content of result.json.
-
-    ``made_by`` is the configuration of the run that made the baseline, if its file holds one.
+    """Measure the baseline, prune ``state.model``, its copy, round by round, and return the content
+    of result.json.
     """
     if state.training is None:
-        measure_baseline(run, state, data, made_by)
+        measure_baseline(run, state, data, baseline.meta.get("config"))
     run.check_space(state.model)
     for number in range(state.round, len(asked.rounds)):  # a resumed run begins with its own round
         state.round = number
-        prune_and_fine_tune(run, state, data, asked)
+        prune_and_fine_tune(run, state, data, asked, teacher=baseline.model)
     measure_end(run, state, data)
     run.log(f"\n{final_table(state.record)}\n")
     return run.finish(state.record)
 
 
-def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Pruning) -> None:
+def prune_and_fine_tune(
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, teacher: GatedModel
+) -> None:
     """One round of the method: score, select, cut, fine-tune.
 
     One shot is a single round that does all four. --steps repeats them, each time with a larger
     share of the goal. --smooth scores and selects in its first round only, and cuts a part of that
-    plan in every round. Both end with a round that only fine-tunes.
+    plan in every round. Both end with a round that only fine-tunes. ``teacher`` is the unpruned
+    network, for --distill.
     """
     model, record, runtime = state.model, state.record, run.runtime
     this, widths = asked.rounds[state.round], model.group_widths()
@@ -146,6 +154,7 @@ def prune_and_fine_tune(run: RunFolder, state: RunState, data: Data, asked: Prun
         fit(
             model, data.train, data.choosing, this.recipe, runtime,
             callback=callback, resume=state.training, first_epoch=state.epochs_before,
+            teacher=teacher,
         )  # fmt: skip
     state.training = None
 

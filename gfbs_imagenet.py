@@ -11,6 +11,7 @@ OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, with every setting that is no
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_network_flag(parser, imagenet=True)
     flags.add_pruning_flags(parser, p=0.4, score_images=None)
     flags.add_imagenet_flags(parser, IMAGENET_RECIPES.one_shot)
+    flags.add_distillation_flags(parser)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)
     flags.add_run_flags(parser)
     args = parser.parse_args(argv)
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)
     model_cost(baseline.model, args.image_size)  # raises an error for images that are too small
-    per_norm = runtime.images_per_norm(args.train_bs)
+    per_norm = runtime.images_per_norm(args.train_bs // (args.accumulate or 1))
     check_batch(baseline.model, args.image_size, per_norm, "--train_bs")
     check_goal(baseline.model, asked.goal, args.image_size)
     batches = folder_batches(
@@ -78,8 +80,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     with batches as data, run.opened(classes):
         run.log(line)
-        state = run.resumed() or RunState(baseline.model, settings.new_record(args, asked))
-        return prune_in_rounds(run, state, data, asked, baseline.meta.get("config"))
+        state = run.resumed() or RunState(
+            copy.deepcopy(baseline.model), settings.new_record(args, asked)
+        )
+        return prune_in_rounds(run, state, data, asked, baseline)
 
 
 if __name__ == "__main__":

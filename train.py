@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:  # the data has another number of classes than an alias
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)
-    check_batch(model, args.image_size, runtime.images_per_norm(args.bs), "--bs")
+    per_norm = runtime.images_per_norm(args.bs // (args.accumulate or 1))
+    check_batch(model, args.image_size, per_norm, "--bs")
     data = image_batches(
         images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
         limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,

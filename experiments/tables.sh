@@ -25,5 +25,6 @@ done
 CRITERIA="taylor_fo beta fpgm"
 table finetune "$@"
 table rounds "$@"
+table distill "$@"
 table vgg "$@"
 [ -z "$failed" ] || { printf 'FAILED in all:\n%s' "$failed" >&2 && exit 1; }

@@ -87,6 +87,17 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     assert done.stdout.count("epoch 1/2") == 1  # one rank talks
 
 
+def test_ranks_agree_with_every_option_of_the_training(place):
+    argv = [*CIFAR, "--bs", "8", "--data_dir", "images", "--checkpoint", "cifar.pth", "--p", "0.4"]
+    argv += ["--epochs", "2", "--ema", "0.6", "--accumulate", "2", "--distill", "0.5"]
+    done = launch(2, "gfbs_cifar", place, *argv, "--label_smoothing", "0.1")
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(place / f"rank{rank}.pt") for rank in (0, 1))
+    for name, tensor in one["weights"].items():
+        assert torch.equal(tensor, two["weights"][name]), name
+    assert one["accuracy"] == two["accuracy"]
+
+
 def test_bad_input_ends_every_rank_with_its_line(place):
     argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth"]
     (place / "checkpoints").write_text("a file where the folder should go")

@@ -67,6 +67,8 @@ RUNS = {
     "smooth": "--smooth --smooth_epochs 1 --final_epochs 2 --p 0.5",
     "steps": "--steps 2 --step_epochs 2 --epochs 2 --p 0.6 --recalibrate 1 --holdout 2",
     "from scratch": "--epochs 3 --p 0.5 --from_scratch",
+    "train with options": "--epochs 3 --ema 0.6 --accumulate 2 --label_smoothing 0.1",
+    "steps with options": "--steps 2 --epochs 1 --p 0.6 --ema 0.6 --distill 1 --accumulate 2",
 }
 
 

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, Literal, TypeVar
@@ -99,6 +99,10 @@ class Runtime:
         amp = self.acceleration.amp
         return torch.autocast(self.device.type, AMP.get(amp), enabled=amp is not None)
 
+    def without_sync(self, network: nn.Module) -> AbstractContextManager:
+        """Keep gradients on their rank; the next backward pass outside averages their sum."""
+        return network.no_sync() if self.world_size > 1 else nullcontext()
+
     def undo_sync_bn(self, model: GatedModel) -> None:
         """Put ordinary BatchNorm layers back, so that one rank can run the model alone."""
         for name, norm in list(model.named_modules()) if self.sync_bn else ():
@@ -142,11 +146,18 @@ class Runtime:
         self.on_main(lambda: results.append(action()))
         return results[0] if results else action()
 
-    def share(self, batch_size: int, flag: str) -> None:
-        """Raise InputError unless the batch divides by the number of ranks."""
+    def share(self, batch_size: int, flag: str, parts: int = 1) -> None:
+        """Raise InputError unless the batch divides by the ranks, and by the parts of each.
+
+        Several parts need two images each, because of BatchNorm.
+        """
         if batch_size % (ranks := self.world_size):
             wrong = f"{flag} {batch_size} does not divide by the {ranks} ranks"
             raise InputError(f"{wrong}; use a multiple of {ranks}")
+        if parts > 1 and (batch_size % (parts * ranks) or batch_size < 2 * parts * ranks):
+            wrong = f"--accumulate {parts}: {flag} {batch_size} does not divide into equal parts"
+            advice = f"use a multiple of {parts * ranks}, at least {2 * parts * ranks}"
+            raise InputError(f"{wrong} of two images or more; {advice}")
 
     def images_per_norm(self, batch_size: int) -> int:
         """How many images of a training batch one BatchNorm takes its statistics from."""

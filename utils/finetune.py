@@ -6,13 +6,15 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import GatedModel
 from models.gate import folded_gates
@@ -66,26 +68,47 @@ def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> N
 
 
 class Trainer:
-    """Trains ``model`` in place: its optimiser, its schedule (one step an epoch), its scaler."""
+    """Trains ``model`` in place: its optimiser, its schedule (one step an epoch), its scaler.
+
+    With ``recipe.ema``, the optimiser moves a copy, ``live``, and ``model`` is its average.
+    """
 
     _parts = ("optimizer", "scheduler", "scaler")
 
-    def __init__(self, model: GatedModel, recipe: Recipe, runtime: Runtime):
-        self.model, self.runtime = model, runtime
-        self.network = runtime.for_training(model)
-        self.optimizer = recipe.optimizer(model, fused=runtime.acceleration.fused)
+    def __init__(
+        self, model: GatedModel, recipe: Recipe, runtime: Runtime, teacher: nn.Module | None = None
+    ):
+        self.model, self.live, self.recipe, self.runtime = model, model, recipe, runtime
+        self.average = None
+        if recipe.ema:
+            runtime.for_evaluation(model)  # to the device, before it is copied
+            # Running statistics are averaged like weights: no pass over the data to estimate them.
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.live, self.average.module = self.average.module, model
+        if recipe.distill:
+            self.teacher = runtime.for_evaluation(teacher.eval())
+        self.network = runtime.for_training(self.live)
+        self.optimizer = recipe.optimizer(self.live, fused=runtime.acceleration.fused)
         self.scheduler = recipe.scheduler(self.optimizer)
         # Scales the loss so that fp16 can hold its gradients; does nothing for other types.
         fp16 = runtime.acceleration.amp == "fp16"
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=fp16)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything except the weights."""
-        return {name: getattr(self, name).state_dict() for name in self._parts}
+        """Everything except the weights of ``model``."""
+        state = {name: getattr(self, name).state_dict() for name in self._parts}
+        if self.average:
+            state["live"] = dict(self.live.state_dict())
+            state["averaged"] = self.average.n_averaged.item()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self._parts:
             getattr(self, name).load_state_dict(state.get(name, {}))  # older files have no scaler
+        if self.average:
+            self.live.load_state_dict(state["live"])
+            self.average.n_averaged.fill_(state["averaged"])
 
     def state(
         self, epoch: int, tally: RunningMetrics | None = None, where: str = "", batch: int = 0
@@ -98,14 +121,39 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the optimiser; returns the logits and the mean loss from before it."""
-        with self.runtime.autocast():
-            logits = self.network(images).float()
-            loss = F.cross_entropy(logits, labels)
+        # The last batch of an epoch may be small, and BatchNorm needs two images in a part.
+        parts = max(1, min(self.recipe.accumulate, len(labels) // 2))
+        all_logits, losses = [], []
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        for left, (some, theirs) in zip(range(parts - 1, -1, -1), pairs, strict=True):
+            with self.runtime.without_sync(self.network) if left else nullcontext():
+                with self.runtime.autocast():
+                    logits = self.network(some).float()
+                    loss = self.loss(logits, some, theirs) * (len(theirs) / len(labels))
+                self.scaler.scale(loss).backward()
+            all_logits.append(logits.detach())
+            losses.append(loss.detach())
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return logits, loss
+        if self.average:
+            self.average.update_parameters(self.live)
+        return torch.cat(all_logits), sum(losses)
+
+    def loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """(1 - alpha) cross-entropy + alpha T^2 KL(teacher || student), both softened by T.
+
+        alpha is ``recipe.distill`` and T the temperature: Hinton et al. 2015, arXiv 1503.02531.
+        """
+        alpha, t = self.recipe.distill, self.recipe.temperature
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        if not alpha:
+            return loss
+        with torch.no_grad():
+            soft = self.teacher(images).float()
+        targets, guesses = (F.log_softmax(values / t, dim=1) for values in (soft, logits))
+        divergence = F.kl_div(guesses, targets, reduction="batchmean", log_target=True)
+        return (1 - alpha) * loss + alpha * t**2 * divergence
 
     def train(
         self, batches: Any, tally: RunningMetrics, where: str, done: int = 0
@@ -115,7 +163,7 @@ class Trainer:
         Raises RunError, naming ``where`` and the batch, if the loss or the weights diverge.
         """
         self.network.train()
-        with folded_gates(self.model):
+        with folded_gates(self.live):
             for number, batch in enumerate(batches, start=done + 1):
                 logits, loss = self.step(*batch)
                 tally.add(logits, batch[1], loss, number)
@@ -173,21 +221,23 @@ def fit(
     callback: Callback | None = None,
     resume: Mapping[str, Any] | None = None,
     first_epoch: int = 0,
+    teacher: nn.Module | None = None,
 ) -> list[Epoch]:
     """Train ``model`` in place by ``recipe``, and return what every epoch did.
 
     Args:
         model: the bare network.
         train, test: batches to train on, and to evaluate on after every epoch.
-        recipe: epochs, learning rate and schedule.
+        recipe: epochs, learning rate and schedule, loss.
         runtime: where to compute.
         callback: called after every batch and every epoch.
         resume: continue from this state of a callback; ``model`` already holds its weights.
         first_epoch: epochs of earlier rounds, so that this one draws other orders and crops.
+        teacher: the network whose outputs ``recipe.distill`` imitates; it does not change.
 
     Raises RunError, with epoch, batch and learning rate, if the loss is not finite.
     """
-    callback, trainer = callback or Callback(), Trainer(model, recipe, runtime)
+    callback, trainer = callback or Callback(), Trainer(model, recipe, runtime, teacher)
     start, batch, sums = 0, 0, None
     if resume is not None:
         trainer.load_state_dict(resume)

@@ -44,7 +44,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum on the cross-entropy, and a learning rate for every epoch.
+    """How to train: SGD with momentum, a learning rate for every epoch, and the loss.
 
     Attributes:
         epochs: length of the training.
@@ -52,6 +52,10 @@ class Recipe:
         weight_decay: L2 penalty on all parameters.
         milestones, gamma: the learning rate is multiplied by ``gamma`` after each of these epochs.
         cosine: replaces the milestones, if given.
+        label_smoothing: share of the target that goes to all classes alike.
+        distill, temperature: weight of the distillation loss, and T in it; see ``Trainer.loss``.
+        ema: decay of the average of the weights that is evaluated and saved; None for none.
+        accumulate: parts of a batch that pass through the network one after the other.
     """
 
     epochs: int
@@ -61,6 +65,11 @@ class Recipe:
     gamma: float
     momentum: float = 0.9
     cosine: Cosine | None = None
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
+    ema: float | None = None
+    accumulate: int = 1
 
     def adapted(self, epochs: int, **changes: float | Cosine | None) -> Recipe:
         """The recipe with another number of epochs. Milestones move in proportion, rounded up.

@@ -43,6 +43,13 @@ def _add_recipe_flags(parser: ArgumentParser, recipe: Recipe, least_epochs: int)
              f" {milestones} of {recipe.epochs}, and in proportion with other --epochs")
     add("--weight_decay", type=value.weight, metavar="X",
         help=f"L2 penalty (default: {recipe.weight_decay:g})")
+    add("--label_smoothing", type=value.inner_share, metavar="X",
+        help="give this share of the target to all classes alike (default: none)")
+    add("--ema", type=value.inner_share, metavar="DECAY",
+        help="evaluate and save a moving average of the weights, such as 0.999 (default: none)")
+    add("--accumulate", type=value.parts, metavar="N",
+        help="pass a batch through the network in N equal parts, which takes less memory;"
+             " BatchNorm sees the parts (default: 1)")
     add("--limit_train_batches", type=value.count, metavar="N", help="at most N batches an epoch")
     add("--holdout", type=value.count_or_zero, default=0, metavar="N",
         help="choose the best epoch on the last N training images, which training leaves out;"
@@ -144,6 +151,16 @@ def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None
              " (of rank 0)")
     add("--from_scratch", action="store_true",
         help="control: train the pruned network from fresh weights, by the baseline's recipe")
+
+
+def add_distillation_flags(parser: ArgumentParser) -> None:
+    """The unpruned network as the teacher of the pruned one."""
+    add = parser.add_argument_group("distillation").add_argument
+    add("--distill", type=value.share, metavar="ALPHA",
+        help="fine-tune on (1 - ALPHA) of the usual loss and ALPHA of the distance to the outputs"
+             " of the unpruned network (default: none)")
+    add("--temperature", type=value.positive, metavar="T",
+        help="soften both outputs in this distance (default: 4)")
 
 
 def add_smooth_flags(parser: ArgumentParser, recipes: Recipes) -> None:

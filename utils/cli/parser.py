@@ -126,8 +126,10 @@ def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str],
 
 count = _number(int, 1, 2**31, "a whole number of at least 1")
 count_or_zero = _number(int, 0, 2**31, "a whole number of at least 0")
+parts = _number(int, 2, 2**31, "a whole number of at least 2")
 ratio = _number(float, 0, 1, "a ratio in [0, 1)")
 share = _number(float, sys.float_info.min, 1 + sys.float_info.epsilon, "a share in (0, 1]")
+inner_share = _number(float, sys.float_info.min, 1, "a share in (0, 1)")
 _FLOAT32 = torch.finfo(torch.float32).max
 positive = _number(float, sys.float_info.min, _FLOAT32, f"a positive number below {_FLOAT32:.2g}")
 weight = _number(float, 0, _FLOAT32, f"a number of at least 0 and below {_FLOAT32:.2g}")

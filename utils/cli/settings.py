@@ -25,7 +25,7 @@ def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
     """Where the run computes. ``flag`` is the one that gives the batch size."""
     acceleration = Acceleration(args.amp, args.channels_last, args.compile, args.fused)
     here = select_runtime(args.device, args.gpu, args.sync_bn, acceleration)
-    here.share(batch_size, flag)
+    here.share(batch_size, flag, args.accumulate or 1)
     return here
 
 
@@ -39,7 +39,8 @@ def recipe_changes(args: Namespace) -> dict[str, Any]:
     cosine = CIFAR_COSINE if getattr(args, "cosine", False) else None
     if getattr(args, "sched", None) == "cosine":
         cosine = Cosine(args.warmup_epochs, args.warmup_lr, args.min_lr, args.cooldown_epochs)
-    return {"lr": args.lr, "weight_decay": args.weight_decay, "cosine": cosine}
+    names = "lr", "weight_decay", "label_smoothing", "ema", "accumulate", "distill", "temperature"
+    return {"cosine": cosine, **{name: getattr(args, name, None) for name in names}}
 
 
 def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
@@ -147,6 +148,10 @@ def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     criterion does not use to their defaults, with a warning.
     """
     _check_rounds(parser, args)
+    if args.temperature and not args.distill:
+        parser.error("--temperature goes with --distill")
+    if args.distill and getattr(args, "new_head", False):
+        parser.error("--distill and --new_head do not go together: the teacher knows other classes")
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
         if getattr(args, flag):
             if args.criterion not in ("gfbs", criterion):

@@ -187,8 +187,13 @@ class RunFolder:
 
     def check_space(self, model: GatedModel) -> None:
         """Raise InputError if the disk has no room for the checkpoints of a run."""
-        # Weights and momentum, in last.pth, in last_previous.pth and in a temporary file.
-        need = 3 * 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
+        # Weights, momentum and with --ema other weights, in last.pth, in last_previous.pth and in a
+        # temporary file.
+        need = (
+            3
+            * (3 if self.config.get("ema") else 2)
+            * sum(tensor.nbytes for tensor in model.state_dict().values())
+        )
         if self.runtime.is_main and (free := shutil.disk_usage(self.folder).free) < need:
             raise InputError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
