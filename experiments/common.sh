@@ -19,13 +19,13 @@
 #                where there are fewer
 #     GPUS       how many GPUs to use (all; 0 with none)
 #     THREADS    CPU threads of a run, on which its bits depend (1 with several jobs, else 2)
-#     FAST       flags that make training faster (--amp bf16 --channels_last)
+#     FAST       flags that make training faster (--amp bf16)
 #     PYTHON     the interpreter (python)
 
 set -eu
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-1 2 3} OUT=${OUT:-tables} JOBS=${JOBS:-1} PYTHON=${PYTHON:-python}
-FAST=${FAST---amp bf16 --channels_last}
+FAST=${FAST---amp bf16}
 FIRST=${SEEDS%% *} # for what is not repeated
 TRAINED=$OUT/baselines
 TABLE=$(basename "$0" .sh)

@@ -41,6 +41,7 @@ def trained(place, trained_once):
 
 @pytest.fixture(autouse=True)
 def keep_global_state():
-    """A script may ask torch for deterministic algorithms; the next test must not notice."""
+    """A script may change which algorithms torch takes; the next test must not notice."""
     yield
+    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(False)

@@ -20,10 +20,12 @@ from helpers import (
 )
 from torch.optim import SGD
 
+import train
 from models import Gate, build_model
 from models.gate import folded_gates
+from utils.cli import settings
 from utils.data.small import load_data
-from utils.distributed import Acceleration, Runtime, select_runtime
+from utils.distributed import Acceleration, Runtime, seed_everything, select_runtime
 from utils.errors import InputError
 from utils.finetune import Trainer, evaluate, fit
 from utils.recipes import Recipe
@@ -115,7 +117,7 @@ def test_what_is_asked_for_is_done():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"], ["--fused"]]
+    "flags", [["--amp", "bf16"], ["--no_channels_last"], ["--compile"], ["--fused"]]
 )
 def test_a_broken_run_continues_to_the_same_bits(trained, flags, monkeypatch):
     # What is asked is whether the wrapper is in the way; the compiler itself would take a minute.
@@ -159,6 +161,20 @@ def test_the_scale_of_the_loss_is_part_of_the_state():
     assert second.scaler.get_scale() == first.scaler.get_scale()
     for batch in train:
         assert torch.equal(first.step(*batch)[1], second.step(*batch)[1])
+
+
+def test_fast_defaults_that_stay_in_float32(monkeypatch):
+    def acceleration(*argv):
+        args = train.parse_args(["--device", "cpu", *argv])
+        return settings.runtime(args, args.bs, "--bs").acceleration
+
+    assert acceleration() == Acceleration(channels_last=True)
+    assert acceleration("--no_channels_last") == Acceleration()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert acceleration("--device", "mps") == Acceleration()
+    for deterministic in (False, True):
+        seed_everything(1, deterministic)
+        assert torch.backends.cudnn.benchmark is not deterministic
 
 
 def test_what_the_device_has_not_is_refused(monkeypatch):

@@ -340,6 +340,24 @@ def test_a_run_that_an_earlier_version_began_is_refused(trained):
         run_train("--resume")
 
 
+def test_a_run_from_before_channels_last_was_the_default_goes_on_without_it(trained, monkeypatch):
+    argv = ["--checkpoint", str(trained), "--epochs", "2", "--no_channels_last"]
+    whole = run_gfbs(*argv, "--output", "whole")
+    with monkeypatch.context() as patch:
+        die_after(patch, 1, "after_epoch")
+        with pytest.raises(Killed):
+            run_gfbs(*argv, "--output", "broken")
+    path = one_run("broken/gateresnet20_folder", "gfbs_p0.7_seed1")
+    assert "channels" not in path.name  # as an earlier version named it
+    config = json.loads((path / "config.json").read_text())
+    del config["channels_last"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="another configuration .*see --no_channels_last"):
+        run_gfbs(*argv[:-1], "--output", "broken", "--resume")
+    assert run_gfbs(*argv, "--output", "broken", "--resume")["accuracy"] == whole["accuracy"]
+    assert same_weights(path / "last.pth", Path("whole", *path.parts[1:], "last.pth"))
+
+
 def test_random_streams_come_back():
     state = random_state()
     drawn = torch.rand(3), np.random.rand(3), __import__("random").random()

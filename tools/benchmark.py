@@ -53,8 +53,8 @@ from utils.run.provenance import command_line, versions
 Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
 SPEEDUPS = (  # the flags of train.py
-    "", "--channels_last", "--channels_last --compile --fused", "--amp bf16 --channels_last",
-    "--amp bf16 --channels_last --compile", "--amp bf16 --channels_last --compile --fused",
+    "--no_channels_last", "", "--compile --fused", "--amp bf16", "--amp bf16 --compile",
+    "--amp bf16 --compile --fused",
 )  # fmt: skip
 
 
@@ -105,8 +105,9 @@ def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     plain = measures.training(args, runtime, gates=False)
     runs = {"plain loop": partial(measures.plain_epoch, *plain)}
     for flags in SPEEDUPS:
-        switches = (f"--{flag}" in flags for flag in ("channels_last", "compile", "fused"))
-        acceleration = Acceleration("bf16" if "bf16" in flags else None, *switches)
+        switches = (f"--{flag}" in flags for flag in ("compile", "fused"))
+        by_pixel = "--no_channels_last" not in flags
+        acceleration = Acceleration("bf16" if "bf16" in flags else None, by_pixel, *switches)
         if not (acceleration.compile and args.no_compile):
             here = select_runtime(runtime.device.type, runtime.gpus, acceleration=acceleration)
             runs[flags or "ours"] = partial(measures.our_epoch, *measures.training(args, here))

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Literal, TypeVar
 
@@ -33,7 +33,8 @@ class Acceleration:
 
     Attributes:
         amp: a name in ``AMP``; convolutions and linear layers compute in that type.
-        channels_last: weights and activations are stored pixel by pixel, not plane by plane.
+        channels_last: weights and activations are stored pixel by pixel, not plane by plane; not on
+            MPS.
         compile: train through ``torch.compile``.
         fused: the optimiser updates all weights in one pass.
     """
@@ -197,6 +198,8 @@ def select_runtime(
         device = "cuda" if visible or gpus else accelerator
     use = tuple(gpus or range(visible)) if device == "cuda" else ()
     _check(device, gpus or (), visible, sync_bn, acceleration)
+    if device == "mps":
+        acceleration = replace(acceleration, channels_last=False)
     if ranks > 1 and "LOCAL_RANK" not in os.environ:
         raise InputError("WORLD_SIZE is set without LOCAL_RANK: start several ranks with torchrun")
     local = int(os.environ["LOCAL_RANK"]) if ranks > 1 else 0
@@ -252,10 +255,14 @@ def leave() -> None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch; ``deterministic``: the same bits in every run on a device."""
+    """Seed Python, NumPy and torch; ``deterministic``: the same bits in every run on a device.
+
+    Otherwise, cuDNN times its algorithms and takes the fastest.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -192,7 +192,10 @@ def add_run_flags(parser: ArgumentParser) -> None:
     """What every run has: how to train faster, where, what it writes, and how to go on."""
     add = parser.add_argument_group("speed").add_argument
     add("--amp", choices=tuple(AMP), help="train in mixed precision; fp16 on CUDA only")
-    add("--channels_last", action="store_true", help="store activations pixel by pixel")
+    add("--channels_last", action="store_true", default=True,
+        help="store activations pixel by pixel, as usual (not on MPS)")
+    add("--no_channels_last", dest="channels_last", action="store_false",
+        help="store them plane by plane, as runs of earlier versions did by default")
     add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
     add("--fused", action="store_true", help="the optimiser updates all weights in one pass")
     add_device_flags(parser)
@@ -200,7 +203,8 @@ def add_run_flags(parser: ArgumentParser) -> None:
     add("--seed", type=value.count_or_zero, default=1, metavar="N",
         help="of the initial weights, the order of the images and their augmentation")
     add("--deterministic", action="store_true",
-        help="the same bits in every run on the same device; slower on a GPU")
+        help="the same bits in every run on the same device; slower on a GPU, where cuDNN otherwise"
+             " tries which algorithm is the fastest")
     add("--sync_bn", action="store_true",
         help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")

@@ -197,9 +197,10 @@ def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any
     return {**flags, "baseline": baseline}
 
 
-# Settings that already have a place in the name of a run or of its parent folder.
+# Settings that already have a place in the name of a run or of its parent folder. channels_last has
+# none, so that runs from before it was the default are found again.
 NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps", "from_scratch",
-         "seed"}  # fmt: skip
+         "seed", "channels_last"}  # fmt: skip
 
 
 def run_name(args: Namespace) -> str:

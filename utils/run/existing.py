@@ -20,6 +20,8 @@ RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "r
 
 # The value of a flag in runs older than the flag, where it is not "off".
 BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0, "holdout": 0}
+# Flags whose default has changed, and what to type for the earlier one.
+EARLIER = {"channels_last": "--no_channels_last"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def differences(earlier: Config, now: Config) -> str:
     names = {*earlier, *now} - ({"classes", "data"} - (earlier.keys() & now.keys()))
     return ", ".join(
         f"{name}: {earlier.get(name)} there, {now.get(name)} here"
+        + (f"; see {EARLIER[name]}" if name in EARLIER else "")
         for name in sorted(names)
         if value(earlier, name) != value(now, name)
     )
