@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torchvision
 from torch import Tensor
-from torchvision.models import WeightsEnum
 
 from models import GatedModel, build_model
 from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
@@ -34,6 +32,9 @@ from utils.errors import InputError
 from utils.files import writable
 from utils.finetune import evaluate
 from utils.run.baseline import check_classes
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +53,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu)
     runtime.share(args.batch_size, "--batch_size")
     report = partial(print, flush=True) if runtime.is_main else lambda text: None
-    known = torchvision.models.get_model_weights(args.net).__members__
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(args.net).__members__
     if args.weights not in known:
         raise InputError(f"--weights {args.weights}: {args.net} has {', '.join(known)}")
     weights = known[args.weights]
@@ -108,9 +111,11 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
 
     Raises InputError for weights of another network, and if logits differ by more than rounding.
     """
+    from torchvision.models import get_model
+
     try:
         num_classes = len(state["fc.weight"])
-        original = torchvision.models.get_model(net, weights=None, num_classes=num_classes).eval()
+        original = get_model(net, weights=None, num_classes=num_classes).eval()
         original.load_state_dict(state)
         model = build_model(net, num_classes).eval()
         gates = {name: gate for name, gate in model.state_dict().items() if name.endswith(".gate")}

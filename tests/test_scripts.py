@@ -262,6 +262,31 @@ def test_scripts_leave_with_code_2_and_one_line(place, script, argv):
     assert snapshot(place) == before
 
 
+HELPFUL = [
+    "train", "gfbs_cifar", "gfbs_imagenet", "prepare_torch_imagenet_models", "tools.benchmark",
+    "tools.export", "tools.results",
+]  # fmt: skip
+SLOW = {
+    "torchvision", "tensorboard", "torch._dynamo", "torch.distributed.launcher", "sympy",
+    "torch.utils.benchmark", "torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib",
+    "pandas", "scipy",
+}  # fmt: skip
+
+
+def test_help_is_shown_without_modules_that_take_long_to_import():
+    code = f"""
+import contextlib, importlib, sys, torch
+before = set(sys.modules)
+for name in {HELPFUL}:
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(name).parse_args(["--help"])
+print("imported", *sorted({SLOW} & set(sys.modules) - before))"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("usage: ") == len(HELPFUL)
+    assert done.stdout.splitlines()[-1] == "imported"
+
+
 @pytest.mark.parametrize("script", [train, gfbs_cifar])
 def test_help_reads_like_documentation(script, capsys):
     with pytest.raises(SystemExit) as left:

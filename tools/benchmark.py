@@ -31,9 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
+from torch.utils.data import DataLoader, Dataset
 
 from models import NETWORKS, build_model
 from tools import measures
@@ -63,6 +61,9 @@ def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
 
     Small images are in memory. With --folder, large ones, too, by as many worker processes.
     """
+    from torchvision import transforms
+    from torchvision.datasets import CIFAR10, ImageFolder
+
     samples = list_images(Path(args.folder))[0] if args.folder else []
     ours, images = measures.noise_batches(args.images, args.bs, 32, runtime)
     usual = CIFAR10.__new__(CIFAR10)  # torchvision's way to an image, without its files
@@ -77,8 +78,10 @@ def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
             yield compare("large images", ours.images, ways_in(usual, crop, ours, args.workers))
 
 
-def ways_in(usual: VisionDataset, crop: Any, ours: Any, workers: int) -> dict[str, Callable]:
+def ways_in(usual: Dataset, crop: Any, ours: Any, workers: int) -> dict[str, Callable]:
     """An epoch of the same images through either."""
+    from torchvision import transforms
+
     device, pixels = ours.runtime.device, ours.normalisation
     usual.transform = transforms.Compose([
         crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),

@@ -37,7 +37,6 @@ from utils.files import writable, write_bytes, write_json
 
 TOLERANCE = 1e-5  # max |a - b| / max |a|
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ANY_BATCH = ({0: torch.export.Dim("batch")},)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,6 +115,11 @@ def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size:
     return torch.stack(found).nan_to_num(torch.inf).max().item()
 
 
+def any_batch() -> tuple[dict[int, Any]]:
+    """What tells the exporters that the size of a batch is free."""
+    return ({0: torch.export.Dim("batch")},)
+
+
 def to_pt2(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     """The file's content, and the network read back from it."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -123,7 +127,7 @@ def to_pt2(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], T
         warnings.filterwarnings("ignore", "No complete tensor found")
         file = Path(folder) / "network.pt2"
         example = (torch.randn(2, 3, size, size),)
-        torch.export.save(torch.export.export(network, example, dynamic_shapes=ANY_BATCH), file)
+        torch.export.save(torch.export.export(network, example, dynamic_shapes=any_batch()), file)
         return file.read_bytes(), torch.export.load(file).module()
 
 
@@ -140,7 +144,7 @@ def to_onnx(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], 
         names = {"input_names": ["images"], "output_names": ["logits"]}
         torch.onnx.export(
             network, (torch.randn(2, 3, size, size),), file, dynamo=True, external_data=False,
-            verbose=False, dynamic_shapes=ANY_BATCH, **names,
+            verbose=False, dynamic_shapes=any_batch(), **names,
         )  # fmt: skip
         content = file.read_bytes()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
-from torch.utils.benchmark import Measurement, Timer
 
 from models import IMAGENET_NETWORKS, Gate, GatedModel, build_model
 from utils.checkpoint import load_checkpoint
@@ -44,6 +43,8 @@ def compare(
     clock. Short runs are repeated until a round has measured ``seconds`` of them; 0 means one run.
     ``profiled``: each runs once more, to show which operators take the time.
     """
+    from torch.utils.benchmark import Measurement, Timer
+
     names, rows, profiles = list(runs), [], {}
     times: dict[str, list[Measurement]] = {name: [] for name in names}
     for turn in range(rounds):

@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from models import Gate, GatedModel
 from utils.errors import InputError
@@ -29,6 +28,8 @@ def model_cost(model: GatedModel, image_size: int) -> Cost:
 
     Raises InputError if the images are too small for the network.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,6 +1,9 @@
 """Large images read from folders while the network computes: the ImageNet input pipeline.
 
 Worker processes decode and augment in uint8; normalisation happens on the device.
+
+Here and elsewhere, modules that take long to import (torchvision, TensorBoard) are imported in the
+functions that use them: --help and bad flags are answered without them.
 """
 
 from __future__ import annotations
@@ -19,9 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import v2 as transforms
-from torchvision.transforms.v2 import functional
 
 from utils.data.batches import About, Data, Normalisation, ShuffledBatches, hold_out, random_stream
 from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
@@ -50,9 +50,14 @@ class Crops:
 
     def training(self) -> Callable[[Image.Image], Tensor]:
         """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip."""
+        import torchvision.transforms.v2  # noqa: F401  (once, before there are worker processes)
+
         return self._random_crop
 
     def _random_crop(self, image: Image.Image) -> Tensor:
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.v2 import functional
+
         # Tensors are resized faster than PIL images, but conversion copies all pixels: crop first.
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
         area = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
@@ -60,6 +65,8 @@ class Crops:
         return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
     def evaluation(self) -> Callable[[Image.Image], Tensor]:
+        from torchvision.transforms import v2 as transforms
+
         resize = transforms.Resize(self.resize, antialias=True)
         steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
         return transforms.Compose(steps)

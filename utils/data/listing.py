@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import InputError
 
@@ -81,6 +80,8 @@ def list_images(root: Path) -> tuple[ImageSamples, list[str]]:
     Raises InputError for fewer than two classes, a class without images, a name that cannot be
     printed, a folder that cannot be read, and a link to a folder above it.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     with readable(root):
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if len(classes) < 2:

@@ -8,16 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.hub import download_url_to_file
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.data.batches import (
@@ -39,6 +36,9 @@ from utils.data.listing import (
 from utils.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
 from utils.distributed import Runtime
 from utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100_NORMALISATION = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -101,6 +101,8 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
     elif image_size != 32:
         raise InputError(f"--image_size {image_size}: images of {dataset} have 32; leave it out")
     else:
+        from torchvision.datasets import CIFAR10, CIFAR100
+
         with readable(root):
             *parts, classes = _read_cifar(CIFAR10 if dataset == "cifar10" else CIFAR100, root)
     usual = CIFAR100_NORMALISATION if dataset == "cifar100" else CIFAR10_NORMALISATION
@@ -113,6 +115,8 @@ def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
 
 
 def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+    from torchvision.datasets.utils import check_integrity
+
     archive, folder = root / source.filename, root / source.base_folder
     advice = f"put {source.filename} into {root} and run again, or see --data_dir"
     if folder.is_dir():
@@ -139,6 +143,8 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 
 def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
+    from torchvision.transforms.v2 import functional as transforms
+
     ignore_warnings_of_pillow()
     pixels = np.empty((len(samples), image_size, image_size, 3), np.uint8)
 

@@ -8,10 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 
 def program() -> list[str]:
@@ -36,7 +36,7 @@ def command_line() -> str:
 def versions() -> dict[str, str | int | None]:
     return {
         "commit": commit(), "python": platform.python_version(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "torch": torch.__version__, "torchvision": version("torchvision"),
     }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from utils.finetune import Epoch
 from utils.run.record import Record
@@ -28,6 +27,8 @@ class TensorBoardLog:
     ):
         self.writer, self.warn, self._hook = None, warn, threading.excepthook
         if logdir:
+            from torch.utils.tensorboard import SummaryWriter
+
             threading.excepthook = self._on_thread_error
             try:
                 self.writer = SummaryWriter(str(logdir), purge_step=first_step)
