@@ -165,6 +165,9 @@ def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str
     if CRITERIA[how.criterion].gradients:  # else it does not look at the images
         run.log(f"scoring on {len(labels)} training images")
         check_batch(state.model, images.shape[-1], len(labels), "--score_images")
+        if how.recompute and state.round == 0 and not state.model.checkpoint_blocks():
+            nothing = f"{state.model.net} has no blocks whose activations can be recomputed"
+            run.log(f"{nothing}; a lower --score_images saves memory, but gives other scores")
     saliency = channel_saliency(
         state.model, images, labels, criterion=how.criterion, w_beta=how.w_beta,
         checkpoint_activations=how.recompute,

@@ -37,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.set_defaults(dataset="imagenet")
     flags.add_network_flag(parser, imagenet=True)
-    flags.add_pruning_flags(parser, p=0.4, score_images=None)
+    flags.add_pruning_flags(parser, p=0.4, score_images=None, recompute=True)
     flags.add_imagenet_flags(parser, IMAGENET_RECIPES.one_shot)
     flags.add_distillation_flags(parser)
     flags.add_smooth_flags(parser, IMAGENET_RECIPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import CPU, one_run, run_gfbs, run_train
 
 import gfbs_cifar
 import train
+from models.residual import ResidualModel
 from utils import selection
 from utils.data.batches import scoring_indices
 from utils.data.small import ImageBatches, load_data
@@ -90,6 +92,17 @@ def test_scoring_flags(trained, seen):
     train = ImageBatches(data.train, 8, data.normalisation, CPU, augment=True, seed=7)
     expected, expected_labels = train.pick(scoring_indices(len(data.train), 5, 2))
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_a_network_without_blocks_to_recompute_says_so_once(trained, seen, monkeypatch):
+    argv = ["--steps", "2", "--step_epochs", "0", "--epochs", "0", "--checkpoint_activations"]
+    run_gfbs(*argv, "--output", "blocks", "--checkpoint", str(trained))
+    monkeypatch.setattr(ResidualModel, "checkpoint_blocks", lambda self: [])
+    run_gfbs(*argv, "--output", "none", "--checkpoint", str(trained))
+    assert [options["checkpoint_activations"] for _, options in seen["saliency"]] == [True] * 4
+    for output, count in ("blocks", 0), ("none", 1):
+        (log,) = Path(output).glob("*/*/log.txt")
+        assert log.read_text().count("no blocks whose activations can be recomputed") == count
 
 
 def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):

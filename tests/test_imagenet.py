@@ -411,6 +411,9 @@ def test_bad_flags_end_with_one_line_and_code_2(argv, message, capsys):
 
 def test_published_defaults():
     args = gfbs_imagenet.parse_args(["--data_dir", "x"])
+    assert args.checkpoint_activations  # ours: less memory, the same scores
+    args = gfbs_imagenet.parse_args(["--data_dir", "x", "--no_checkpoint_activations"])
+    assert not args.checkpoint_activations
     assert (args.net, args.p, args.epochs, args.train_bs) == ("resnet50", 0.4, 120, 512)
     assert (args.score_images, args.workers, args.seed, args.image_size) == (512, 4, 1, 224)
     assert json.dumps(vars(args))  # fit for config.json

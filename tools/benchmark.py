@@ -217,7 +217,7 @@ def memory(args: Args) -> tuple[int, int]:
     """
     plain, checkpointed = measures.saved_bytes(build_model(args.net), args.image_size)
     print(f"{args.net} at {args.image_size} pixels, MB an image: {plain / 1e6:.1f}"
-          f", with --checkpoint_activations {checkpointed / 1e6:.1f}")  # fmt: skip
+          f", with activations recomputed {checkpointed / 1e6:.1f}")  # fmt: skip
     return plain, checkpointed
 
 

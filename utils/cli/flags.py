@@ -114,8 +114,10 @@ def add_conversion_flags(parser: ArgumentParser) -> None:
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
-def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None) -> None:
-    """What to prune, and how to score and select."""
+def add_pruning_flags(
+    parser: ArgumentParser, p: float, score_images: int | None, recompute: bool = False
+) -> None:
+    """What to prune, and how to score and select. ``recompute``: do so unless a flag forbids it."""
     add = parser.add_argument_group("pruning").add_argument
     add("--checkpoint", metavar="PATH",
         help="the network to prune: a file, or a folder with <net>/model_best.pth or"
@@ -140,8 +142,12 @@ def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None
              + ("" if score_images else " (default: --train_bs)"))
     add("--score_seed", type=value.count_or_zero, metavar="N",
         help="instead, draw the scoring images from the whole training set, by this seed")
-    add("--checkpoint_activations", action="store_true",
-        help="score in less memory: compute activations a second time in the backward pass")
+    again = "compute activations a second time in the backward pass of scoring: less memory"
+    if recompute:
+        add("--no_checkpoint_activations", dest="checkpoint_activations", action="store_false",
+            help=f"do not {again}, the same scores")
+    else:
+        add("--checkpoint_activations", action="store_true", help=f"{again}, the same scores")
     add("--min_channels", type=value.count, default=1, metavar="N", help="what every layer keeps")
     add("--round_to", type=value.count, default=1, metavar="N",
         help="round widths up to multiples of N, such as 8, which is fast on hardware; never above"
