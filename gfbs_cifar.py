@@ -18,6 +18,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ from utils.cli.parser import Parser, run_script
 from utils.data.batches import SCORING, Data, random_stream, scoring_batch
 from utils.data.small import data_identity, image_batches, load_data
 from utils.distributed import seed_everything
-from utils.finetune import check_batch, fit
+from utils.finetune import check_batch, fit, head_alone
 from utils.recipes import CIFAR_RECIPES
 from utils.run.baseline import check_classes, check_size, load_baseline
 from utils.run.callbacks import RunCallback, restore_files
@@ -100,6 +101,8 @@ def prune_in_rounds(
     for number in range(state.round, len(asked.rounds)):  # a resumed run begins with its own round
         state.round = number
         prune_and_fine_tune(run, state, data, asked, teacher=baseline.model)
+        if asked.rounds[number].head:  # what is pruned from here on is another network
+            measure_baseline(run, state, data, baseline.meta.get("config"))
     measure_end(run, state, data)
     run.log(f"\n{final_table(state.record)}\n")
     return run.finish(state.record)
@@ -112,8 +115,8 @@ def prune_and_fine_tune(
 
     One shot is a single round that does all four. --steps repeats them, each time with a larger
     share of the goal. --smooth scores and selects in its first round only, and cuts a part of that
-    plan in every round. Both end with a round that only fine-tunes. ``teacher`` is the unpruned
-    network, for --distill.
+    plan in every round. Both end with a round that only fine-tunes. --new_head comes first, with a
+    round that trains the classifier alone. ``teacher`` is the unpruned network, for --distill.
     """
     model, record, runtime = state.model, state.record, run.runtime
     this, widths = asked.rounds[state.round], model.group_widths()
@@ -144,13 +147,15 @@ def prune_and_fine_tune(
         if len(asked.rounds) > 1:
             cut = [name for name, width in model.group_widths().items() if width < widths[name]]
             what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
+            what = "train the new classifier alone" if this.head else what
             run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
 
     # 4. Fine-tune. The callback logs epochs and saves checkpoints; fit knows nothing of pruning.
     callback = RunCallback(run, state, data, asked.rounds)
     if state.training is not None:
         restore_files(run, state, callback)
-    with run.signals.deferred():  # a signal stops after the batch, and the state is saved
+    trainable = head_alone(model) if this.head else nullcontext()
+    with trainable, run.signals.deferred():  # a signal stops after the batch; the state is saved
         fit(
             model, data.train, data.choosing, this.recipe, runtime,
             callback=callback, resume=state.training, first_epoch=state.epochs_before,

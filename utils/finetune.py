@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import GatedModel
@@ -65,6 +66,20 @@ def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> N
             f"{flag}: {model.net} cannot train on a single image of {image_size} pixels: its last"
             " maps have one pixel, and BatchNorm needs more; use two images or larger ones"
         ) from None
+
+
+@contextmanager
+def head_alone(model: GatedModel) -> Iterator[None]:
+    """Inside this context, only the classifier can be trained."""
+    head = {id(parameter) for parameter in model.head_layer().parameters()}
+    body = [p for p in model.parameters() if p.requires_grad and id(p) not in head]
+    for parameter in body:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in body:
+            parameter.requires_grad_(True)
 
 
 class Trainer:
@@ -163,6 +178,9 @@ class Trainer:
         Raises RunError, naming ``where`` and the batch, if the loss or the weights diverge.
         """
         self.network.train()
+        for norm in self.live.modules():
+            if isinstance(norm, _BatchNorm) and norm.affine and not norm.weight.requires_grad:
+                norm.eval()  # what is frozen keeps its statistics
         with folded_gates(self.live):
             for number, batch in enumerate(batches, start=done + 1):
                 logits, loss = self.step(*batch)
@@ -224,6 +242,8 @@ def fit(
     teacher: nn.Module | None = None,
 ) -> list[Epoch]:
     """Train ``model`` in place by ``recipe``, and return what every epoch did.
+
+    Only parameters that require a gradient change. A BatchNorm without any stays in eval mode.
 
     Args:
         model: the bare network.

@@ -94,7 +94,10 @@ def add_imagenet_flags(parser: ArgumentParser, recipe: Recipe) -> None:
     add("--cooldown_epochs", type=value.count_or_zero, default=10, metavar="N",
         help="cosine: epochs at the last rate")
     add("--min_lr", type=value.weight, default=1e-5, metavar="X", help="cosine: last rate")
-    add("--new_head", action="store_true", help="start a fresh classifier, for other classes")
+    add("--new_head", action="store_true",
+        help="start a fresh classifier, for other classes, and train it before channels are scored")
+    add("--head_epochs", type=value.count, metavar="N",
+        help="epochs in which the fresh classifier is trained alone (default: 2)")
 
 
 def add_conversion_flags(parser: ArgumentParser) -> None:

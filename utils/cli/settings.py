@@ -64,6 +64,8 @@ def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
         way, method = rounds.from_scratch(recipes), "from scratch"
     else:
         way, method = rounds.one_shot(recipes), "one shot"
+    if getattr(args, "new_head", False):
+        way = (*rounds.new_head(recipes, args.head_epochs), *way)
     batch = args.score_images, args.score_seed, args.checkpoint_activations
     scoring = Scoring(args.criterion, args.w_beta, *batch, args.seed)
     goal = Goal(*_how_much(args), args.min_channels, args.round_to, args.scope)
@@ -141,6 +143,21 @@ def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
         parser.error("--smooth needs --final_epochs of at least 1 where stages are fine-tuned")
 
 
+def _resolve_head(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse what does not go with --new_head, and set the default of --head_epochs."""
+    if args.head_epochs and not args.new_head:
+        parser.error("--head_epochs goes with --new_head")
+    if not args.new_head:
+        return
+    if args.distill:
+        parser.error("--distill and --new_head do not go together: the teacher knows other classes")
+    last = args.epochs if args.final_epochs is None else args.final_epochs
+    if not (last or args.step_epochs):  # last.pth would be an unpruned network
+        parser.error("--new_head needs --epochs of at least 1 after the last cut")
+    args.defaults["head_epochs"] = 2  # of older runs, which scored a fresh classifier: None
+    args.head_epochs = args.head_epochs or 2
+
+
 def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse contradictions, and set the defaults that depend on other flags.
 
@@ -150,8 +167,8 @@ def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     _check_rounds(parser, args)
     if args.temperature and not args.distill:
         parser.error("--temperature goes with --distill")
-    if args.distill and getattr(args, "new_head", False):
-        parser.error("--distill and --new_head do not go together: the teacher knows other classes")
+    if "new_head" in args:
+        _resolve_head(parser, args)
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
         if getattr(args, flag):
             if args.criterion not in ("gfbs", criterion):

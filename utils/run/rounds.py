@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models import GatedModel
 from utils.recipes import Recipe, Recipes
@@ -19,6 +19,7 @@ class Round:
     share: float = 1.0  # how much of the whole goal is reached after this round
     groups: tuple[str, ...] | None = None  # cut these of the plan; None: all that this selects
     fresh: bool = False  # train from fresh weights
+    head: bool = False  # train the classifier alone
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Pruning:
     rounds: tuple[Round, ...]
     recalibrate: int  # batches for new running statistics of BatchNorm after a cut; 0: keep them
     method: str  # the rounds in words
+
+
+def new_head(recipes: Recipes, epochs: int) -> tuple[Round, ...]:
+    """What comes before the others: a fresh classifier is trained, at a constant learning rate.
+
+    Scores through random weights would say nothing about the data.
+    """
+    constant = {"milestones": (), "cosine": None, "ema": None}
+    return (Round(replace(recipes.one_shot, epochs=epochs, **constant), head=True),)
 
 
 def one_shot(recipes: Recipes) -> tuple[Round, ...]:
