@@ -37,12 +37,13 @@ from utils.files import writable, write_bytes, write_json
 
 TOLERANCE = 1e-5  # max |a - b| / max |a|
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+Network = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classes)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, prog="python -m tools.export")
     parser.add_argument("checkpoint", help="a checkpoint of any kind that this project loads")
-    parser.add_argument("--format", choices=tuple(FORMATS), default="pt2", help="of the file")
+    parser.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="of the file")
     parser.add_argument("--output", metavar="FILE", help="(default: beside the checkpoint)")
     parser.add_argument("--image_size", type=count, help="in pixels (default: the checkpoint's)")
     flags.add_normalisation_flags(parser)
@@ -68,8 +69,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{source} does not say how large its images are; give --image_size")
     description = describe(checkpoint, source, size, settings.normalisation(args))
 
-    content, run = FORMATS[args.format](deployable(checkpoint.model), size)
-    difference = largest_difference(checkpoint.model, run, size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"network.{args.format}"
+        write(deployable(checkpoint.model), size, file)
+        difference = largest_difference(checkpoint.model, read(file), size)
+        content = file.read_bytes()
     if not difference <= TOLERANCE:
         found = f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}"
         raise RunError(f"{source}: the exported network's {found}; nothing is written")
@@ -86,19 +90,16 @@ def describe(
     """What a user has to know: input, output, cost, and where the network comes from."""
     model, meta = checkpoint.model, checkpoint.meta
     cost, digest = model_cost(model, size), hashlib.sha256(source.read_bytes()).hexdigest()
-    normalisation = typed.as_dict() if typed else meta.get("normalisation")
-    return {
-        "net": model.net,
-        "input": {"name": "images", "shape": ["batch", 3, size, size], "type": "float32",
-                  "normalisation": normalisation},
-        "output": {"name": "logits", "shape": ["batch", model.num_classes]},
-        "classes": meta.get("classes"), "macs": cost.macs, "params": cost.params,
-        "accuracy": meta.get("accuracy"), "tested_on": meta.get("tested_on", "test"),
-        "source": {"file": source.name, "sha256": digest}, "torch": torch.__version__,
-    }  # fmt: skip
+    pixels = {"shape": ["batch", 3, size, size], "type": "float32"}
+    pixels["normalisation"] = typed.as_dict() if typed else meta.get("normalisation")
+    said = {"net": model.net, "input": {"name": "images", **pixels}}
+    said |= {"output": {"name": "logits", "shape": ["batch", model.num_classes]}}
+    said |= {"classes": meta.get("classes"), **vars(cost), "accuracy": meta.get("accuracy")}
+    said |= {"tested_on": meta.get("tested_on", "test"), "torch": torch.__version__}
+    return said | {"source": {"file": source.name, "sha256": digest}}
 
 
-def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size: int) -> float:
+def largest_difference(model: GatedModel, run: Network, size: int) -> float:
     """The largest max |a - b| / max |a| of both networks' logits for noise, over batch sizes.
 
     Infinite where the logits are all 0, not a number, or of another shape.
@@ -115,43 +116,40 @@ def largest_difference(model: GatedModel, run: Callable[[Tensor], Tensor], size:
     return torch.stack(found).nan_to_num(torch.inf).max().item()
 
 
-def any_batch() -> tuple[dict[int, Any]]:
-    """What tells the exporters that the size of a batch is free."""
-    return ({0: torch.export.Dim("batch")},)
+def write(network: GraphModule, size: int, file: Path) -> None:
+    """Write a network on the CPU, for images of ``size`` pixels; the ending says the format."""
+    example, free = (torch.randn(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
+    if file.suffix == ".pt2":
+        with warnings.catch_warnings():
+            # torch warns about weights in channels_last, but stores them completely.
+            warnings.filterwarnings("ignore", "No complete tensor found")
+            exported = torch.export.export(network, example, dynamic_shapes=free)
+            torch.export.save(exported, file)
+    else:
+        check_onnx()
+        options = {"dynamo": True, "external_data": False, "verbose": False}
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        torch.onnx.export(network, example, file, dynamic_shapes=free, **names, **options)
 
 
-def to_pt2(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    """The file's content, and the network read back from it."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # torch warns about weights in channels_last, but stores them completely.
-        warnings.filterwarnings("ignore", "No complete tensor found")
-        file = Path(folder) / "network.pt2"
-        example = (torch.randn(2, 3, size, size),)
-        torch.export.save(torch.export.export(network, example, dynamic_shapes=any_batch()), file)
-        return file.read_bytes(), torch.export.load(file).module()
+def read(file: Path) -> Network:
+    """The network of a .pt2 or .onnx file, on the CPU."""
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    check_onnx()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def to_onnx(network: GraphModule, size: int) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    """The file's content, and the network as onnxruntime reads it."""
+def check_onnx() -> None:
+    """Raise InputError if a package is missing that ONNX files need."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         how = "pip install -r requirements-export.txt"
-        raise InputError(f"--format onnx needs {', '.join(missing)}: {how}")
-    import onnxruntime
+        raise InputError(f"ONNX needs {', '.join(missing)}: {how}")
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "network.onnx"
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(
-            network, (torch.randn(2, 3, size, size),), file, dynamo=True, external_data=False,
-            verbose=False, dynamic_shapes=any_batch(), **names,
-        )  # fmt: skip
-        content = file.read_bytes()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-
-FORMATS = {"pt2": to_pt2, "onnx": to_onnx}
 
 if __name__ == "__main__":
     sys.exit(run_script(parse_args, main))
