@@ -528,13 +528,13 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from utils.run.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
-lock.acquire()
-if os.fork():
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=-3, stderr=-3)
-    print("locked", flush=True)
-time.sleep(100)
+from utils.run.lock import locked
+with locked(Path(sys.argv[1])):
+    if os.fork():
+        sleep = "import time; time.sleep(100)"
+        subprocess.Popen([sys.executable, "-c", sleep], stdout=-3, stderr=-3)
+        print("locked", flush=True)
+    time.sleep(100)
 """
 
 

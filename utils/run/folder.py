@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from utils.files import remove_leftovers, writable, write_bytes, write_json, wri
 from utils.pruning import PruningPlan
 from utils.run import existing
 from utils.run.existing import RunSettings, find_last, find_run, load_resumable
-from utils.run.lock import FolderLock
+from utils.run.lock import locked
 from utils.run.provenance import command_line, program, python, versions
 from utils.run.record import Record
 from utils.run.signals import Signals
@@ -41,8 +41,8 @@ class RunFolder:
     def __init__(self, settings: RunSettings, runtime: Runtime, identity: existing.Identity = dict):
         self.settings, self.folder, self.identity = settings, settings.folder, identity
         self.config, self.runtime = dict(settings.config), runtime
-        self.signals, self.board = Signals(), TensorBoardLog()
-        self._log, self._lock, self._saved = None, None, False
+        self.signals, self.board, self._opened = Signals(), TensorBoardLog(), ExitStack()
+        self._log, self._saved = None, False
         self._last: Checkpoint | None = None
         self._began = time.perf_counter()
 
@@ -60,20 +60,19 @@ class RunFolder:
         """
         self.config["classes"] = class_digest(classes)
         self.config |= self.runtime.on_main(self.identity)
-        path = self.runtime.on_main(self._open)
-        if path and self._last is None:  # another rank than 0: load the file that rank 0 chose
-            self._last = load_resumable(path, self.settings.net)
-        self.signals.install()
-        try:
+        with self._opened:
+            path = self.runtime.on_main(self._open)
+            if path and self._last is None:  # another rank than 0: load the file that rank 0 chose
+                self._last = load_resumable(path, self.settings.net)
+            self.signals.install()
+            self._opened.callback(self.signals.restore)
             self.log(f"$ {command_line()}")
             self.board.draw_config(self.config)
-            yield self
-        except Interrupted as stop:
-            stop.resume_with = self._resume_line()
-            raise
-        finally:
-            self.signals.restore()
-            self._close()
+            try:
+                yield self
+            except Interrupted as stop:
+                stop.resume_with = self._resume_line()
+                raise
 
     def _open(self) -> Path | None:
         """Take the folder, and return the checkpoint to continue from, if any."""
@@ -82,30 +81,24 @@ class RunFolder:
             found = find_last(asked, self.config)
         with writable(self.folder, "--output"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder)
-            self._lock.acquire()
-        try:
-            if find_run(asked, self.config, dict):  # ``finished`` looked, but did not have the lock
-                raise InputError(f"{self.folder}: another process has just finished this run")
-            if asked.resume:
-                path, self._last = found or find_last(asked, self.config)
-            self._open_files()
-        except BaseException:
-            self._close()
-            raise
-        return path
-
-    def _open_files(self) -> None:
-        with writable(self.settings.logdir, "--logdir"):
+            self._opened.enter_context(locked(self.folder))
+        if find_run(asked, self.config, dict):  # ``finished`` looked, but did not have the lock
+            raise InputError(f"{self.folder}: another process has just finished this run")
+        if asked.resume:
+            path, self._last = found or find_last(asked, self.config)
+        with writable(asked.logdir, "--logdir"):
             done = self._last and len(self._last.meta["training"]["record"]["history"])
-            first_step = 0 if done is None else done + 1
-            self.board = TensorBoardLog(self.settings.logdir, first_step, self.log)
+            self.board = TensorBoardLog(asked.logdir, 0 if done is None else done + 1, self.log)
+            self._opened.callback(self.board.close)
         with writable(self.folder, "--output"):
-            self._log = (self.folder / "log.txt").open("a" if self._last else "w", encoding="utf-8")
-            for name in existing.RESULTS if self.settings.overwrite else ():
+            # Without a buffer: closing it writes nothing more to a full disk.
+            log = (self.folder / "log.txt").open("ab" if self._last else "wb", buffering=0)
+            self._log = self._opened.enter_context(log)
+            for name in existing.RESULTS if asked.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
             remove_leftovers(self.folder)
             write_json(self.folder / "config.json", self.config)
+        return path
 
     def resumed(self) -> RunState | None:
         """The state to continue from; None if the run starts."""
@@ -139,14 +132,6 @@ class RunFolder:
                 words.append(word)
         return shlex.join([python(), *program(), *words, "--resume"])
 
-    def _close(self) -> None:
-        self.board.close()
-        if self._log is not None:
-            with suppress(OSError):  # a full disk has been reported already
-                self._log.close()
-        if self._lock is not None:
-            self._lock.release()
-
     def _write(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call ``write`` on rank 0. If it cannot write, end the run with one line."""
         if not self.runtime.is_main:
@@ -164,7 +149,7 @@ class RunFolder:
         if self.runtime.is_main:
             with suppress(OSError):  # stdout is a closed pipe
                 print(text, flush=True)
-        self._write(print, text, file=self._log, flush=True)
+        self._write(lambda: self._log.write(f"{text}\n".encode()))
 
     def save_plan(self, plan: PruningPlan) -> None:
         """Write plan.json."""

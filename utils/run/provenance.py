@@ -34,10 +34,9 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str | int | None]:
-    return {
-        "commit": commit(), "python": platform.python_version(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "torchvision": version("torchvision"),
-    }  # fmt: skip
+    python, threads = platform.python_version(), torch.get_num_threads()
+    libraries = {"torch": torch.__version__, "torchvision": version("torchvision")}
+    return {"commit": commit(), "python": python, "threads": threads, **libraries}
 
 
 def commit() -> str | None:
