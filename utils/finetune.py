@@ -22,7 +22,7 @@ from models.gate import folded_gates
 from utils.data.batches import Batches
 from utils.distributed import Runtime
 from utils.errors import InputError, RunError
-from utils.metrics import Metrics, RunningMetrics, progress
+from utils.metrics import Metrics, RunningMetrics
 from utils.recipes import Recipe
 
 CHECK_EVERY = 100  # batches between checks that the loss is finite; each waits for the device
@@ -43,7 +43,7 @@ def evaluate(
     tally = RunningMetrics(runtime)
     model.eval()
     with torch.inference_mode(), folded_gates(model):
-        for number, (images, labels) in enumerate(progress(batches, "evaluate", tally), start=1):
+        for number, (images, labels) in enumerate(tally.follow(batches, "evaluate"), start=1):
             logits = network(images)
             tally.add(logits, labels, F.cross_entropy(logits, labels), number)
             if stop:
@@ -270,7 +270,7 @@ def fit(
         where = f"{title} at learning rate {lr:g}"
         tally = RunningMetrics(runtime, sums)
         state, done = partial(trainer.state, epoch, tally, where), batch
-        for done in trainer.train(progress(train, title, tally), tally, where, batch):
+        for done in trainer.train(tally.follow(train, title, batch), tally, where, batch):
             callback.after_batch(done, partial(state, done))
         trained, seconds = tally.metrics(), time.perf_counter() - began
         images = trained.images - (sums[3] if sums else 0)  # without those before the resume

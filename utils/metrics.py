@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.distributed import Runtime
 from utils.errors import RunError
+from utils.progress import progress
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,13 @@ class RunningMetrics:
         if math.isfinite(first):
             raise RunError(f"the loss is not finite in {where}, batch {first:.0f}: {why}")
 
+    def follow(self, batches: Any, title: str, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that follow batch ``done``, while these metrics are shown."""
+        before, total = int(self.sums[3]), done + len(batches)
+        status = partial(self._status, before=before)
+        return progress(batches, f"{title}, batch", total, status, done)
 
-def progress(batches: Any, title: str, tally: RunningMetrics) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches, with a progress bar if stderr is a terminal."""
-    if not (tally.runtime.is_main and sys.stderr.isatty()):
-        yield from batches
-        return
-    layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
-    with tqdm(batches, title, leave=False, dynamic_ncols=True, bar_format=layout) as bar:
-        shown = began = time.perf_counter()
-        for batch in bar:
-            yield batch
-            now = time.perf_counter()
-            if now - shown > 0.5:  # reading the sums waits for the device
-                shown, seen = now, tally.metrics(everywhere=False)
-                speed = tally.runtime.world_size * seen.images / (now - began)
-                status = f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
-                bar.set_postfix_str(status)
+    def _status(self, seconds: float, before: int) -> str:
+        seen = self.metrics(everywhere=False)
+        speed = self.runtime.world_size * (seen.images - before) / seconds
+        return f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"

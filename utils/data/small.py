@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.hub import download_url_to_file
-from tqdm import tqdm
 
 from utils.data.batches import (
     About,
@@ -36,6 +35,7 @@ from utils.data.listing import (
 from utils.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
 from utils.distributed import Runtime
 from utils.errors import InputError
+from utils.progress import progress
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -159,7 +159,7 @@ def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     # Unlike an executor, a pool does not read the remaining images before it ends.
     with ThreadPool(os.cpu_count()) as pool:
         done = pool.imap(read, range(len(samples)))
-        sizes = list(tqdm(done, "reading images", len(samples), leave=False, disable=None))
+        sizes = list(progress(done, "reading images", len(samples)))
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
         many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
