@@ -77,10 +77,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     check_batch(baseline.model, args.image_size, per_norm, "--bs")
     check_goal(baseline.model, asked.goal, args.image_size)
     seed_everything(args.seed, args.deterministic)
-    data = image_batches(
-        images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
-        limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
-    )  # fmt: skip
+    data = image_batches(images, about, args.bs, runtime, args.seed, settings.split(args))
     with run.opened(about.classes):
         run.log(constants)
         state = run.resumed() or RunState(

@@ -73,11 +73,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     per_norm = runtime.images_per_norm(args.train_bs // (args.accumulate or 1))
     check_batch(baseline.model, args.image_size, per_norm, "--train_bs")
     check_goal(baseline.model, asked.goal, args.image_size)
-    batches = folder_batches(
-        train, val, about, args.train_bs, runtime, seed=args.seed, workers=args.workers,
-        holdout=args.holdout, limit_train=args.limit_train_batches,
-        limit_test=args.limit_val_batches,
-    )  # fmt: skip
+    how = {"batch_size": args.train_bs, "seed": args.seed, "workers": args.workers}
+    batches = folder_batches(train, val, about, settings.split(args), runtime=runtime, **how)
     with batches as data, run.opened(classes):
         run.log(line)
         state = run.resumed() or RunState(

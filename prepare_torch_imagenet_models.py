@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,30 +69,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     source = args.checkpoint or weights.url
     model, difference = convert(args.net, state, source)
     report(f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
+    about = About("imagenet", (), crops.size, normalisation, crops.resize, source)
     if val:
-        about = About("imagenet", val[1], crops.size, normalisation)
         advice = "name the data that the weights were trained on"
-        check_classes(Checkpoint(model, {}), about, f"--data_dir {args.data_dir}", advice)
+        there, baseline = replace(about, classes=val[1]), Checkpoint(model, {})
+        check_classes(baseline, there, f"--data_dir {args.data_dir}", advice)
     report(constants)
     if args.save:
-        about = About("imagenet", (), crops.size, normalisation, crops.resize, source)
         path = Path(args.output) / args.net / "model_best.pth"
         runtime.on_main(lambda: save(path, model, args.overwrite, about.metadata()))
         report(f"saved {path}")
     if not val:
         return {}
-    batches = FolderBatches(
-        val[0], args.batch_size, crops, runtime, workers=args.workers,
-        limit=args.limit_val_batches, normalisation=normalisation,
-    )  # fmt: skip
+    how = {"workers": args.workers, "limit": args.limit_val_batches, "normalisation": normalisation}
+    batches = FolderBatches(val[0], args.batch_size, crops, runtime, **how)
     with closing(batches):
-        measured = evaluate(model, batches, runtime)
-    published, figures = weights.meta["_metrics"]["ImageNet-1K"], "top-1 {:.3f} %, top-5 {:.3f} %"
-    report(f"measured on {measured.images} images of {args.data_dir}/val: "
-           f"{figures.format(measured.accuracy, measured.top5)}")  # fmt: skip
-    report(f"torchvision publishes for {weights}, on all 50000 images of ImageNet's val: "
-           f"{figures.format(published['acc@1'], published['acc@5'])}")  # fmt: skip
-    return {"accuracy": measured.accuracy, "top5": measured.top5, "images": measured.images}
+        found = evaluate(model, batches, runtime)
+    figures = f"top-1 {found.accuracy:.3f} %, top-5 {found.top5:.3f} %"
+    report(f"measured on {found.images} images of {args.data_dir}/val: {figures}")
+    published = "top-1 {acc@1:.3f} %, top-5 {acc@5:.3f} %"
+    published = published.format_map(weights.meta["_metrics"]["ImageNet-1K"])
+    report(f"torchvision publishes for {weights}, on 50000 images of ImageNet's val: {published}")
+    return {"accuracy": found.accuracy, "top5": found.top5, "images": found.images}
 
 
 def read_weights(file: str | None, weights: WeightsEnum) -> Mapping[str, Tensor]:

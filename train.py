@@ -66,10 +66,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cost = model_cost(model, args.image_size)
     per_norm = runtime.images_per_norm(args.bs // (args.accumulate or 1))
     check_batch(model, args.image_size, per_norm, "--bs")
-    data = image_batches(
-        images, about, args.bs, runtime, seed=args.seed, holdout=args.holdout,
-        limit_train=args.limit_train_batches, limit_test=args.limit_test_batches,
-    )  # fmt: skip
+    data = image_batches(images, about, args.bs, runtime, args.seed, settings.split(args))
     recipe = CIFAR_BASELINE.adapted(args.epochs, **settings.recipe_changes(args))
     with run.opened(about.classes):
         state = run.resumed() or RunState(model, settings.new_record(args))

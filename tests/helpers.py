@@ -15,6 +15,7 @@ import gfbs_cifar
 import train
 from models import ChannelGroup, Gate, GatedModel, build_model
 from utils.checkpoint import load_model
+from utils.data.batches import Split
 from utils.data.small import image_batches
 from utils.distributed import Runtime
 from utils.pruning import PruningPlan
@@ -106,7 +107,7 @@ CPU = Runtime(torch.device("cpu"))
 def batches_of(images, batch_size, **options):
     """The batches of small images, with their usual constants."""
     about, _ = images.about("folder", None, {})
-    return image_batches(images, about, batch_size, CPU, seed=1, **options)
+    return image_batches(images, about, batch_size, CPU, 1, Split(**options))
 
 
 def random_batch(count: int = 8, size: int = 32, num_classes: int = 10, dtype=torch.float32):

@@ -10,7 +10,7 @@ from typing import Any
 
 from models import ALIASES, GatedModel
 from utils.checkpoint import Checkpoint
-from utils.data.batches import Normalisation
+from utils.data.batches import Normalisation, Split
 from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.recipes import CIFAR_COSINE, Cosine, Recipes
 from utils.run import rounds
@@ -32,6 +32,13 @@ def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
 def normalisation(args: Namespace) -> Normalisation | None:
     """The constants of --mean and --std, if given."""
     return Normalisation(args.mean, args.std) if args.mean else None
+
+
+def split(args: Namespace) -> Split:
+    """How much of the data is used."""
+    known = vars(args)
+    tested = known.get("limit_test_batches", known.get("limit_val_batches"))
+    return Split(args.holdout, args.limit_train_batches, tested)
 
 
 def recipe_changes(args: Namespace) -> dict[str, Any]:

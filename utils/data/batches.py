@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from utils.errors import InputError
 
 SCORING = 2**32 - 1  # stands for the epoch in the key of a random stream
-Images = TypeVar("Images", bound=Sequence)
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,9 @@ class ShuffledBatches(ABC):
 
     def _shares(self) -> list[Tensor]:
         """This rank's indices in this epoch, batch by batch."""
-        shares = split_batches(
-            self.order, self.batch_size, training=self.augment, limit=self.limit,
-            rank=self.runtime.rank, ranks=self.runtime.world_size,
-        )  # fmt: skip
-        return shares[self.first_batch :]
+        place = {"rank": self.runtime.rank, "ranks": self.runtime.world_size}
+        how = {"training": self.augment, "limit": self.limit, **place}
+        return split_batches(self.order, self.batch_size, **how)[self.first_batch :]
 
 
 def choose_normalisation(
@@ -171,6 +168,33 @@ class Data:
         return "test" if self.holdout is None else "holdout"
 
 
+Make = Callable[..., Batches]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How much of a data set is used, and for what."""
+
+    holdout: int = 0  # of the training images the last ones, to choose the best epoch on
+    limit_train: int | None = None  # batches an epoch
+    limit_test: int | None = None  # batches an evaluation
+
+    def data(
+        self, train: Sequence, test: Sequence, about: About, training: Make, testing: Make
+    ) -> Data:
+        """The batches that ``training`` and ``testing`` make of the images.
+
+        Raises InputError where fewer than two images are left to train on.
+        """
+        rest = len(train) - self.holdout
+        if rest < 2:
+            few = f"there are only {len(train)} training images"
+            raise InputError(f"--holdout {self.holdout}: {few}")
+        held = testing(train[rest:], limit=self.limit_test) if self.holdout else None
+        trained = training(train[:rest], limit=self.limit_train)
+        return Data(trained, testing(test, limit=self.limit_test), held, about)
+
+
 def random_stream(*key: int) -> torch.Generator:
     """A random generator on the CPU that depends only on its key, e.g. (seed, epoch)."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
@@ -193,17 +217,6 @@ def split_batches(
             batches.pop()
     shares = [batch[rank::ranks] for batch in batches]
     return [share for share in shares if len(share)]
-
-
-def hold_out(images: Images, count: int) -> tuple[Images, Images | None]:
-    """Training images without the last ``count``, and the last ``count``, or None if that is 0.
-
-    Raises InputError where fewer than two images are left to train on.
-    """
-    rest = len(images) - count
-    if rest < 2:
-        raise InputError(f"--holdout {count}: there are only {len(images)} training images")
-    return (images[:rest], images[rest:]) if count else (images, None)
 
 
 def scoring_indices(n: int, count: int, seed: int | None = None) -> Tensor:

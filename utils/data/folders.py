@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.batches import About, Data, Normalisation, ShuffledBatches, hold_out, random_stream
+from utils.data.batches import About, Data, Normalisation, ShuffledBatches, Split, random_stream
 from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
@@ -170,28 +170,17 @@ def _start_worker(worker: int) -> None:
 
 @contextmanager
 def folder_batches(
-    train: ImageSamples,
-    val: ImageSamples,
-    about: About,
-    batch_size: int,
-    runtime: Runtime,
-    *,
-    seed: int,
-    workers: int,
-    holdout: int = 0,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
+    train: ImageSamples, val: ImageSamples, about: About, split: Split, **options: Any
 ) -> Iterator[Data]:
-    """The batches of a run; worker processes end with the block."""
-    trained, held = hold_out(train, holdout)
-    batches = partial(
-        FolderBatches, batch_size=batch_size, crops=Crops(about.image_size, about.resize),
-        runtime=runtime, seed=seed, workers=workers, normalisation=about.normalisation,
-    )  # fmt: skip
-    made = [batches(trained, augment=True, limit=limit_train), batches(val, limit=limit_test)]
-    made.append(batches(held, limit=limit_test) if held else None)
+    """The batches of a run; worker processes end with the block.
+
+    ``options`` are fields of ``FolderBatches``: batch_size, runtime, seed, workers.
+    """
+    options |= {"crops": Crops(about.image_size, about.resize)}
+    make = partial(FolderBatches, normalisation=about.normalisation, **options)
+    data = split.data(train, val, about, partial(make, augment=True), make)
     try:
-        yield Data(*made, about)
+        yield data
     finally:
-        for part in filter(None, made):
+        for part in filter(None, (data.train, data.test, data.holdout)):
             part.close()

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from utils.data.batches import (
     Data,
     Normalisation,
     ShuffledBatches,
+    Split,
     choose_normalisation,
-    hold_out,
 )
 from utils.data.listing import (
     ImageSamples,
@@ -216,20 +217,9 @@ class ImageBatches(ShuffledBatches):
 
 
 def image_batches(
-    images: ImageData,
-    about: About,
-    batch_size: int,
-    runtime: Runtime,
-    *,
-    seed: int,
-    holdout: int = 0,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
+    images: ImageData, about: About, batch_size: int, runtime: Runtime, seed: int, split: Split
 ) -> Data:
     """Augmented training batches, and plain batches of ``TEST_BATCH`` for test and holdout."""
-    trained, held = hold_out(images.train, holdout)
-    common = about.normalisation, runtime
-    train = ImageBatches(trained, batch_size, *common, augment=True, seed=seed, limit=limit_train)
-    test = ImageBatches(images.test, TEST_BATCH, *common, limit=limit_test)
-    held_out = ImageBatches(held, TEST_BATCH, *common, limit=limit_test) if held else None
-    return Data(train, test, held_out, about)
+    make = partial(ImageBatches, normalisation=about.normalisation, runtime=runtime)
+    train = partial(make, batch_size=batch_size, augment=True, seed=seed)
+    return split.data(images.train, images.test, about, train, partial(make, batch_size=TEST_BATCH))

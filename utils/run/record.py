@@ -99,11 +99,10 @@ class Record:
         self._note_size("after", after)
         self.ratio["reached"] = 1 - after.gate_entries / self.gate_entries["before"]
         self.held_at_floor = list(plan.held_at_floor)
-        self.rounds.append({
-            "ratio": self.ratio["reached"], **vars(after.cost),
-            "after_surgery": after.metrics.accuracy,
-            "recalibrated": recalibrated and recalibrated.accuracy,
-        })  # fmt: skip
+        made = {"ratio": self.ratio["reached"], **vars(after.cost)}
+        made |= {"after_surgery": after.metrics.accuracy}
+        made |= {"recalibrated": recalibrated and recalibrated.accuracy}
+        self.rounds.append(made)
 
     def _note_accuracy(self, when: str, metrics: Metrics | None) -> None:
         for kind in KINDS:
@@ -148,20 +147,16 @@ class Record:
 
 def final_table(record: Record) -> str:
     """Accuracies, costs and channels per group, in at most 79 columns."""
-    return "\n".join([
-        f"{record.net} on {record.dataset}, {record.criterion}, {record.method},"
-        f" seed {record.seed}",
-        "", *_accuracies(record), "", *_sizes(record), "", *_channels(record),
-    ])  # fmt: skip
+    what = f"{record.net} on {record.dataset}, {record.criterion}, {record.method}"
+    lines = [f"{what}, seed {record.seed}", "", *_accuracies(record), "", *_sizes(record)]
+    return "\n".join([*lines, "", *_channels(record)])
 
 
 def _accuracies(record: Record) -> list[str]:
     trained = "trained" if record.method == "from scratch" else "fine-tuned"
-    titles = {
-        "baseline": "baseline", "after_surgery": "after surgery",
-        "recalibrated": "statistics recalibrated", "last": f"{trained}, last epoch",
-        "best": f"{trained}, best on {'holdout' if record.holdout else 'test'}",
-    }  # fmt: skip
+    titles = {"baseline": "baseline", "after_surgery": "after surgery"}
+    titles |= {"recalibrated": "statistics recalibrated", "last": f"{trained}, last epoch"}
+    titles |= {"best": f"{trained}, best on {'holdout' if record.holdout else 'test'}"}
     lines = [f"  {'accuracy, %':<28}{'top-1':>10}{'top-5':>10}"]
     for name, title in titles.items():
         if (top1 := record.accuracy.get(name)) is not None:
@@ -172,23 +167,18 @@ def _accuracies(record: Record) -> list[str]:
 
 
 def _sizes(record: Record) -> list[str]:
-    titles = {"macs": "multiply-adds (MACs), M", "params": "parameters, M"}
     lines = [f"  {'':<28}{'before':>10}{'after':>10}{'reduction':>12}"]
-    for name, title in titles.items():
-        before, after = (record.cost[name][when] / 1e6 for when in ("before", "after"))
-        lines.append(
-            f"  {title:<28}{before:10.3f}{after:10.3f}{100 * (1 - after / before):10.1f} %"
-        )
-    ratio = record.ratio["asked"]
+    ratio, kept = record.ratio["asked"], []
     asked = "" if ratio is None else f"asked {100 * ratio:.2f} %, "
-    lines += ["", f"  gate entries removed: {asked}reached {100 * record.ratio['reached']:.2f} %"]
-    for name, title in (("macs", "multiply-adds"), ("params", "parameters")):
-        if (share := record.budget[name]) is not None:
-            reached = record.cost[name]["after"] / record.cost[name]["before"]
-            lines.append(
-                f"  {title} kept: asked at most {100 * share:.2f} %, reached {100 * reached:.2f} %"
-            )
-    return lines
+    kept.append(f"  gate entries removed: {asked}reached {100 * record.ratio['reached']:.2f} %")
+    for name, title in (("macs", "multiply-adds (MACs)"), ("params", "parameters")):
+        before, after = (record.cost[name][when] / 1e6 for when in ("before", "after"))
+        share = after / before
+        lines.append(f"  {f'{title}, M':<28}{before:10.3f}{after:10.3f}{100 * (1 - share):10.1f} %")
+        if (asked := record.budget[name]) is not None:
+            reached = f"asked at most {100 * asked:.2f} %, reached {100 * share:.2f} %"
+            kept.append(f"  {title} kept: {reached}")
+    return [*lines, "", *kept]
 
 
 def _channels(record: Record) -> list[str]:

@@ -37,11 +37,9 @@ class RunState:
 
     def to_save(self, training: Mapping[str, Any], runtime: Runtime, seconds: float) -> Json:
         """What last.pth holds besides the weights; ``training`` is the present state of ``fit``."""
-        return {
-            **training, "round": self.round, "plan": self.plan.keep,
-            "record": self.record.as_json(), "seconds": seconds, "place": place_of(runtime),
-            "random": random_state(),
-        }  # fmt: skip
+        record, here = self.record.as_json(), {"round": self.round, "plan": self.plan.keep}
+        place = {"seconds": seconds, "place": place_of(runtime), "random": random_state()}
+        return {**training, **here, "record": record, **place}
 
     @classmethod
     def from_checkpoint(cls, last: Checkpoint) -> RunState:
