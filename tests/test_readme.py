@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from utils.cli.settings import configuration
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"),
@@ -43,13 +46,19 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize("script, argv", list(commands()))
-def test_documented_command_is_accepted(script, argv):
+def test_documented_command_is_accepted(script, argv, tmp_path, monkeypatch):
     argv = re.split(r"\s{2,}", argv.strip())[0]  # what follows two spaces is a remark
     argv = argv.replace("<path-to-imagenet>", "imagenet")
     module = importlib.import_module(script)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{script}.__main__")
-    module.parse_args(shlex.split(argv))
+    words = shlex.split(argv)
+    if "--config" in words:  # the file of a run without other flags
+        monkeypatch.chdir(tmp_path)
+        file = Path(words[words.index("--config") + 1])
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(configuration(module.parse_args([]))))
+    module.parse_args(words)
 
 
 def test_shell_scripts_that_are_named_are_there():

@@ -216,6 +216,8 @@ def add_run_flags(parser: ArgumentParser) -> None:
              " tries which algorithm is the fastest")
     add("--sync_bn", action="store_true",
         help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
+    add("--config", metavar="FILE",
+        help="repeat the run that wrote this config.json; flags that are typed beside it win")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
     add("--logdir", metavar="DIR", help="where TensorBoard files go (default: OUTPUT/runs)")
     add("--overwrite", action="store_true", help="replace the run that is in the folder, if any")

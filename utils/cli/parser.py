@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from models import check_network
+from utils.cli.config import repeating
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.run.provenance import program
@@ -25,6 +26,9 @@ KILLED = (
     "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"
     " batches, and continue with --resume"
 )
+
+
+_UNSET = object()
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,8 +41,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        args = sys.argv[1:] if args is None else args
-        args, unknown = super().parse_known_args([_underscored(arg) for arg in args], namespace)
+        words = [_underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if any(word.partition("=")[0] == "--config" for word in words):
+            unset = argparse.Namespace(**dict.fromkeys((a.dest for a in self._actions), _UNSET))
+            seen, _ = super().parse_known_args(words, unset)
+            typed = {name for name, value in vars(seen).items() if value is not _UNSET}
+            words = [*repeating(seen.config, self, typed), *words]
+        args, unknown = super().parse_known_args(words, namespace)
         args.defaults = {action.dest: action.default for action in self._actions}
         return args, unknown
 

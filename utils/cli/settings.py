@@ -10,6 +10,7 @@ from typing import Any
 
 from models import ALIASES, GatedModel
 from utils.checkpoint import Checkpoint
+from utils.cli.config import NO_CONFIGURATION
 from utils.data.batches import Normalisation, Split
 from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.recipes import CIFAR_COSINE, Cosine, Recipes
@@ -109,7 +110,8 @@ def run_folder(
         name += f"/{run_name(args)}"
     logdir = Path(args.logdir) if args.logdir else Path(args.output) / "runs"
     folders, asked = (Path(args.output) / name, logdir / name), (args.resume, args.overwrite)
-    return RunSettings(*folders, args.net, config, *asked, args.checkpoint_every, checkpoint)
+    rest = args.checkpoint_every, checkpoint, args.config and Path(args.config)
+    return RunSettings(*folders, args.net, config, *asked, *rest)
 
 
 def check_run(parser: ArgumentParser, args: Namespace) -> None:
@@ -204,15 +206,6 @@ def warn(text: str) -> None:
     """Print one line on stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
-
-
-# Flags that say where and how a run computes, not what. Runs that differ only in these are the
-# same experiment.
-NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "data_dir", "defaults",
-    "deterministic", "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished",
-    "workers",
-}  # fmt: skip
 
 
 def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any]:

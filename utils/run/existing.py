@@ -36,6 +36,7 @@ class RunSettings:
     overwrite: bool = False  # replace any run that is there
     checkpoint_every: int | None = None  # write last.pth after so many batches, too
     checkpoint: Path | None = None  # with ``resume``: continue this last.pth, from any folder
+    repeats: Path | None = None  # the config.json of the run that this one repeats
 
 
 def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str, Any] | None:
@@ -54,7 +55,7 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
     if asked.overwrite or not present:
         return None
     keep = "--overwrite replaces it, another --output keeps both"
-    earlier, result = _read_dict(folder / "config.json"), _read_dict(folder / "result.json")
+    earlier, result = read_dict(folder / "config.json"), read_dict(folder / "result.json")
     if earlier is None:
         held = ", ".join(present)
         raise InputError(f"{folder} holds {held} of an unknown configuration; {keep}")
@@ -74,7 +75,7 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
     return None
 
 
-def _read_dict(path: Path) -> dict[str, Any] | None:
+def read_dict(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file; None if it is missing, damaged, or holds no dict."""
     try:
         content = json.loads(path.read_text())

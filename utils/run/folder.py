@@ -44,6 +44,7 @@ class RunFolder:
         self.signals, self.board, self._opened = Signals(), TensorBoardLog(), ExitStack()
         self._log, self._saved = None, False
         self._last: Checkpoint | None = None
+        self._earlier = settings.repeats and existing.read_dict(settings.repeats) or {}
         self._began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
@@ -67,6 +68,9 @@ class RunFolder:
             self.signals.install()
             self._opened.callback(self.signals.restore)
             self.log(f"$ {command_line()}")
+            if path := self.settings.repeats:
+                changed = existing.differences(self._earlier, self.config)
+                self.log(f"repeats {path}{changed and f', but for {changed}'}")
             self.board.draw_config(self.config)
             try:
                 yield self
