@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return the content of result.json."""
     runtime = settings.runtime(args, args.bs, "--bs")
     folder = settings.network_folder(args)
-    baseline = load_baseline(args.checkpoint or args.output, folder, args.net)
+    place, typed = args.checkpoint or args.output, bool(args.checkpoint)
+    baseline = load_baseline(place, folder, args.net, typed)
     asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
     where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))

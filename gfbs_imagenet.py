@@ -51,7 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what is in result.json. The method is in gfbs_cifar.py."""
     runtime = settings.runtime(args, args.train_bs, "--train_bs")
-    baseline = load_baseline(args.checkpoint or args.output, args.net, args.net)
+    place, typed = args.checkpoint or args.output, bool(args.checkpoint)
+    baseline = load_baseline(place, args.net, args.net, typed)
     asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
     where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: folder_identity(args.data_dir, ("val",)))

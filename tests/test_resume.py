@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,29 @@ def test_another_configuration_is_refused_with_what_differs(trained):
     twin = ["--checkpoint", "twin", "--output", "checkpoints"]
     with pytest.raises(InputError, match="baseline: .*; --overwrite replaces it"):
         run_gfbs("--p", "0.5", *twin, "--resume")
+
+
+@pytest.mark.parametrize("where", [[], ["--output", "new", "--checkpoint", "checkpoints/{}"]])
+def test_more_epochs_are_refused_with_what_to_do_instead(trained, where):
+    where = [word.format(trained.name) for word in where]
+    command = r"gfbs_cifar.py (--p 0 --checkpoint \S+/last.pth) fine-tunes"
+    with pytest.raises(InputError, match=f"learning rates depend on --epochs; {command}") as error:
+        run_train("--epochs", "4", *where)
+    advice = re.search(command, str(error.value))[1]
+    result = run_gfbs(*advice.split(), "--epochs", "2")
+    assert result["ratio"]["reached"] == 0 and len(result["history"]) == 2
+    with pytest.raises(InputError) as error:  # the rates are not all that differs
+        run_train("--epochs", "4", "--lr", "0.5", *where)
+    assert "fine-tunes" not in str(error.value)
+
+
+def test_another_output_says_where_the_baseline_is_looked_for(trained):
+    said = "; without it, the baseline is looked for below --output"
+    with pytest.raises(InputError, match=f"^new/.*/model_best.pth: no such checkpoint; .*{said}$"):
+        run_gfbs("--output", "new")
+    with pytest.raises(InputError, match="nowhere.pth: no such checkpoint; .* --checkpoint$"):
+        run_gfbs("--output", "new", "--checkpoint", "nowhere.pth")
+    run_gfbs("--output", "new", "--checkpoint", "checkpoints", "--epochs", "0")
 
 
 def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):

@@ -13,11 +13,11 @@ from utils.data.batches import About
 from utils.errors import InputError
 
 
-def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
+def load_baseline(place: str | Path, folder: str, net: str, typed: bool = True) -> Checkpoint:
     """Load a network in float32 to the CPU.
 
     ``place`` is its file, or else a folder: the file is ``model_best.pth`` in ``place/folder`` or,
-    if there is none, in ``place``.
+    if there is none, in ``place``. Without --checkpoint this is --output; then ``typed`` is False.
     """
     path = Path(place)
     if not os.path.isfile(path) and (not path.suffix or os.path.isdir(path)):
@@ -27,9 +27,9 @@ def load_baseline(place: str | Path, folder: str, net: str) -> Checkpoint:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         maker = "prepare_torch_imagenet_models.py" if net in IMAGENET_NETWORKS else "train.py"
-        raise InputError(
-            f"{path}: no such checkpoint; make one with {maker}, or name another with --checkpoint"
-        ) from None
+        advice = f"make one with {maker}, or name another with --checkpoint"
+        advice += "" if typed else "; without it, the baseline is looked for below --output"
+        raise InputError(f"{path}: no such checkpoint; {advice}") from None
     except OSError:
         pass  # load_checkpoint says why it cannot be read
     checkpoint = load_checkpoint(path, net)

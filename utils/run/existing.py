@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -61,7 +62,9 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
         raise InputError(f"{folder} holds {held} of an unknown configuration; {keep}")
     changed = differences(earlier, config) or differences(earlier, {**config, **identity()})
     if changed:
-        raise InputError(f"{folder} holds a run of another configuration ({changed}); {keep}")
+        instead = _extending(changed, folder / "last.pth")
+        what = f"a run of another configuration ({changed}){instead}; {keep}"
+        raise InputError(f"{folder} holds {what}")
     written = ["plan.json", "pruned.pth"] if result and "ratio" in result else []
     written += ["last.pth", "model_best.pth"] if result and result.get("history") else []
     missing = [name for name in written if not is_whole(folder / name)]
@@ -73,6 +76,14 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
         how = "--resume continues it, --overwrite starts it again"
         raise InputError(f"{folder} holds {what}; {how}")
     return None
+
+
+def _extending(changed: str, last: Path) -> str:
+    """What to do instead, where nothing but the number of epochs differs."""
+    if not re.fullmatch(r"epochs: \d+ there, \d+ here", changed):
+        return ""
+    how = f"gfbs_cifar.py --p 0 --checkpoint {last} fine-tunes its network further"
+    return f"; no run can be extended, since its learning rates depend on --epochs; {how}"
 
 
 def read_dict(path: Path) -> dict[str, Any] | None:
@@ -109,7 +120,8 @@ def find_last(asked: RunSettings, config: Config) -> tuple[Path | None, Checkpoi
         print("nothing to resume from: starting afresh")
         return None, None
     if changed := differences(last.meta["config"], config):
-        raise InputError(f"--resume: that run has another configuration ({changed})")
+        what = f"that run has another configuration ({changed})"
+        raise InputError(f"--resume: {what}{_extending(changed, path)}")
     return path, last
 
 
