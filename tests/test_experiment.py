@@ -334,8 +334,8 @@ def experiment_name(argv):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--smooth", "--steps", "3"], "--smooth and --steps do not go together"),
-        (["--from_scratch", "--steps", "3"], "--steps and --from_scratch do not go together"),
+        (["--smooth", "--steps", "3"], "--steps: not allowed with argument --smooth"),
+        (["--from_scratch", "--steps", "3"], "--steps: not allowed with argument --from_scratch"),
         (["--p", "0.5", "--macs", "0.5"], "--macs: not allowed with argument --p"),
         (["--macs", "0"], "--macs: '0' is not a share in (0, 1]"),
         (["--params", "1.5"], "--params"),
@@ -344,7 +344,7 @@ def experiment_name(argv):
         (["--step_epochs", "3"], "--step_epochs goes with --steps"),
         (["--smooth_epochs", "0"], "--smooth_epochs goes with --smooth"),
         (["--final_epochs", "3"], "--final_epochs goes with --smooth"),
-        (["--resume", "--overwrite"], "--resume and --overwrite do not go together"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--mean", "0.5,0.5,0.5"], "--mean and --std go together"),
         (["--mean", "1,2,3", "--std", "1,1,1"], "is not three numbers from 0 to 1"),
         (["--mean", "0,0,0", "--std", "0,1,1"], "--std"),

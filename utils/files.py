@@ -42,7 +42,12 @@ def write_atomically(
                 shutil.copyfile(path, copy)
             os.replace(copy, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # where folders can be synced, the rename survives a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,16 +60,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed process left in ``folder``."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, if the file system can sync folders."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -104,28 +99,27 @@ def read_tensors(path: Path) -> Any:
         raise InputError("no such checkpoint") from error
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        reason = "it is damaged, or does not only hold tensors and plain values"
+        raise InputError(f"cannot be loaded safely: {reason}") from error
+    except InputError:
+        raise
+    except Exception as error:  # torch raises almost anything for a damaged file
+        raise InputError(f"damaged, or no checkpoint ({type(error).__name__})") from error
     _check_sizes(content, status.st_size)
     return content
 
 
 def _unpickle(file: IO[bytes], size: int) -> Any:
-    try:
-        if file.read(4) == b"PK\3\4":  # a zip file; otherwise torch's old format
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise InputError("damaged: it is compressed, and torch.save compresses nothing")
-            if sum(entry.file_size for entry in entries) > size:
-                raise InputError("damaged: its parts are larger than the whole file")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (InputError, OSError):
-        raise
-    except pickle.UnpicklingError as error:
-        reason = "it is damaged, or does not only hold tensors and plain values"
-        raise InputError(f"cannot be loaded safely: {reason}") from error
-    except Exception as error:  # torch raises almost anything for a damaged file
-        raise InputError(f"damaged, or no checkpoint ({type(error).__name__})") from error
+    if file.read(4) == b"PK\3\4":  # a zip file; otherwise torch's old format
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise InputError("damaged: it is compressed, and torch.save compresses nothing")
+        if sum(entry.file_size for entry in entries) > size:
+            raise InputError("damaged: its parts are larger than the whole file")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_sizes(content: Any, size: int) -> None:

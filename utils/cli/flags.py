@@ -158,8 +158,6 @@ def add_pruning_flags(
     add("--recalibrate", type=value.count_or_zero, default=0, metavar="N",
         help="after a cut, estimate BatchNorm's running statistics anew on N training batches"
              " (of rank 0)")
-    add("--from_scratch", action="store_true",
-        help="control: train the pruned network from fresh weights, by the baseline's recipe")
 
 
 def add_distillation_flags(parser: ArgumentParser) -> None:
@@ -173,18 +171,21 @@ def add_distillation_flags(parser: ArgumentParser) -> None:
 
 
 def add_smooth_flags(parser: ArgumentParser, recipes: Recipes) -> None:
-    """Gradual pruning."""
-    add = parser.add_argument_group("gradual pruning").add_argument
-    add("--smooth", "-s", action="store_true",
+    """Ways to prune other than one cut and fine-tuning."""
+    group = parser.add_argument_group("instead of one shot")
+    one, add = group.add_mutually_exclusive_group(), group.add_argument
+    one.add_argument("--smooth", "-s", action="store_true",
         help="cut layer by layer (residual networks: block by block), fine-tuning in between")
+    one.add_argument("--steps", type=value.count, metavar="K",
+        help="reach the goal in K rounds of scoring, cutting and fine-tuning, then --epochs more")
+    one.add_argument("--from_scratch", action="store_true",
+        help="control: train the pruned network from fresh weights, by the baseline's recipe")
     stages = {"--smooth_epochs": (recipes.stage, "after each cut"),
               "--final_epochs": (recipes.final, "at the end")}
     for flag, (recipe, when) in stages.items():
         add(flag, type=value.count_or_zero, metavar="N",
             help=f"epochs of fine-tuning {when} (default: {recipe.epochs} where --epochs is"
                  f" {recipes.one_shot.epochs}, and in proportion)")
-    add("--steps", type=value.count, metavar="K",
-        help="reach the goal in K rounds of scoring, cutting and fine-tuning, then --epochs more")
     add("--step_epochs", type=value.count_or_zero, metavar="N",
         help="epochs of fine-tuning after each round (default: that of --smooth_epochs)")
 
@@ -220,9 +221,11 @@ def add_run_flags(parser: ArgumentParser) -> None:
         help="repeat the run that wrote this config.json; flags that are typed beside it win")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")
     add("--logdir", metavar="DIR", help="where TensorBoard files go (default: OUTPUT/runs)")
-    add("--overwrite", action="store_true", help="replace the run that is in the folder, if any")
-    add = parser.add_argument_group("resume").add_argument
-    add("--resume", "-r", action="store_true",
+    resume = parser.add_argument_group("resume")
+    one, add = resume.add_mutually_exclusive_group(), resume.add_argument
+    one.add_argument("--overwrite", action="store_true",
+        help="replace the run that is in the folder, if any")
+    one.add_argument("--resume", "-r", action="store_true",
         help="continue from last.pth in the output folder, to the same bits as without the break;"
              " start at the beginning if there is none")
     add("--skip_finished", action="store_true", help=SUPPRESS)  # no effect any more

@@ -116,8 +116,6 @@ def run_folder(
 
 def check_run(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse flags of any run that do not go together, before any download."""
-    if args.overwrite and args.resume:
-        parser.error("--resume and --overwrite do not go together")
     check_normalisation(parser, args)
     name, classes = ALIASES.get(args.net, (args.net, None))
     if classes == 100 and args.dataset in ("cifar10", "synthetic"):
@@ -135,14 +133,15 @@ def check_normalisation(parser: ArgumentParser, args: Namespace) -> None:
         parser.error("--mean and --std go together")
 
 
+# Flags that have an effect only with another one.
+NEEDS = {"step_epochs": "steps", "smooth_epochs": "smooth", "final_epochs": "smooth"}
+NEEDS |= {"temperature": "distill", "head_epochs": "new_head"}
+
+
 def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse contradictions. --smooth must end with training, since that writes checkpoints."""
-    ways = [flag for flag in ("smooth", "steps", "from_scratch") if getattr(args, flag)]
-    if len(ways) > 1:
-        parser.error(f"--{ways[0]} and --{ways[1]} do not go together")
-    needs = {"step_epochs": "steps", "smooth_epochs": "smooth", "final_epochs": "smooth"}
-    for flag, way in needs.items():
-        if getattr(args, flag) is not None and not getattr(args, way):
+    for flag, way in NEEDS.items():
+        if getattr(args, flag, None) is not None and not getattr(args, way):
             parser.error(f"--{flag} goes with --{way}")
     if args.from_scratch and not args.epochs:
         parser.error("--from_scratch needs --epochs of at least 1")
@@ -154,8 +153,6 @@ def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
 
 def _resolve_head(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse what does not go with --new_head, and set the default of --head_epochs."""
-    if args.head_epochs and not args.new_head:
-        parser.error("--head_epochs goes with --new_head")
     if not args.new_head:
         return
     if args.distill:
@@ -174,8 +171,6 @@ def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     criterion does not use to their defaults, with a warning.
     """
     _check_rounds(parser, args)
-    if args.temperature and not args.distill:
-        parser.error("--temperature goes with --distill")
     if "new_head" in args:
         _resolve_head(parser, args)
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
@@ -216,8 +211,8 @@ def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any
 
 # Settings that already have a place in the name of a run or of its parent folder. channels_last has
 # none, so that runs from before it was the default are found again.
-NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "smooth", "steps", "from_scratch",
-         "seed", "channels_last"}  # fmt: skip
+NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "seed", "channels_last"}
+NAMED |= {"smooth", "steps", "from_scratch"}
 
 
 def run_name(args: Namespace) -> str:

@@ -60,10 +60,9 @@ def class_digest(classes: Sequence[str]) -> str:
 
 
 def folder_identity(data_dir: str | Path, test_names: Sequence[str]) -> dict[str, str]:
-    """What tells folders of images apart in a configuration: the number of images and a hash.
+    """What tells folders of images apart in a configuration, wherever they lie.
 
-    The hash is over their names below ``data_dir`` and, of up to 100,000 images, their sizes. It
-    stays the same when the folder moves. Other images of the same classes have another one.
+    The number of images, and a hash of their names and, of up to 100,000 images, their sizes.
     """
     train, test, _ = list_folders(Path(data_dir), test_names)
     paths = sorted(path for path, _ in train + test)

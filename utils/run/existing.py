@@ -43,10 +43,9 @@ class RunSettings:
 def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str, Any] | None:
     """The result of a finished run of this configuration; None if there is work to do.
 
-    ``identity`` makes the rest of the configuration; it is called only if ``config`` is equal.
-
     Raises InputError for a run of another configuration unless ``asked.overwrite`` replaces
-    it, and for an unfinished run unless ``asked.resume`` continues it.
+    it, and for an unfinished run unless ``asked.resume`` continues it. ``identity``, the rest of
+    the configuration, is called only if ``config`` is equal.
     """
     folder = asked.folder
     try:
@@ -101,10 +100,9 @@ def is_whole(path: Path) -> bool:
 
 
 def find_last(asked: RunSettings, config: Config) -> tuple[Path | None, Checkpoint | None]:
-    """The checkpoint to continue, with its path: the one asked for, or else the newest of the run
-    that loads. None if there is no file.
+    """The checkpoint to continue, with its path: the one asked for, or else the newest that loads.
 
-    Raises InputError if no file loads, or if it is of another configuration.
+    None if there is no file. InputError if none loads, or if it is of another configuration.
     """
     own = [asked.folder / "last.pth", asked.folder / PREVIOUS]
     paths = [asked.checkpoint] if asked.checkpoint else [path for path in own if path.exists()]
