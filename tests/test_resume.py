@@ -118,7 +118,7 @@ def test_a_run_continues_between_rounds(trained, epochs):
     boards = [
         EventAccumulator(str(file), size_guidance={"histograms": 0}).Reload() for file in files
     ]
-    for kind, tag in (("Histograms", "saliency/gate1"), ("Scalars", "channels/gate1")):
+    for kind, tag in (("Histograms", "saliency/gate1"), ("Images", "channels")):
         drawn = [getattr(b, kind)(tag) for b in boards if tag in b.Tags()[kind.lower()]]
         assert sorted(event.step for events in drawn for event in events) == [0, 2]
 

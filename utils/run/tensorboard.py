@@ -8,10 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from utils.finetune import Epoch
 from utils.run.record import Record
+
+FIRST = ("net", "criterion", "p", "macs", "params", "seed")  # columns of the HPARAMS tab
 
 
 class TensorBoardLog:
@@ -72,12 +76,9 @@ class TensorBoardLog:
             self._draw("add_histogram", f"saliency/{name}", scores.detach().cpu(), step)
 
     def draw_surgery(self, record: Record) -> None:
-        """Draw the channels that every group keeps, as curves and as a table."""
-        step = len(record.history)
-        for name, channels in record.channels.items():
-            self._draw("add_scalar", f"channels/{name}", channels["after"], step)
-        rows = [(name, *channels.values()) for name, channels in record.channels.items()]
-        self._draw("add_text", "channels", _table(("group", "before", "after"), rows), step)
+        """Draw the channels that every group keeps, as one figure."""
+        figure, step = _bars(record.channels), len(record.history)
+        self._draw("add_image", "channels", figure, step, dataformats="HWC")
 
     def draw_config(self, config: Mapping[str, Any]) -> None:
         """Show the configuration as a table."""
@@ -90,6 +91,7 @@ class TensorBoardLog:
             for name, value in record.config.items()
             if value is not None
         }
+        asked = {name: asked[name] for name in FIRST if name in asked} | asked
         metrics = {f"accuracy/{name}": value for name, value in record.accuracy.items()}
         del metrics["accuracy/best_epoch"]
         for name, cost in record.cost.items():
@@ -104,3 +106,19 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     titles = list(titles)
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _bars(channels: Mapping[str, Mapping[str, int]]) -> np.ndarray:
+    """A picture (H, W, 3) uint8: a bar per group, filled as far as its channels are kept."""
+    row, bar, numbers = 16, 400, 80
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    left = 8 + round(max(map(measure, channels)))
+    picture = Image.new("RGB", (left + bar + numbers, row * len(channels)), "white")
+    draw = ImageDraw.Draw(picture)
+    for top, (name, width) in zip(range(0, picture.height, row), channels.items(), strict=True):
+        end = left + round(bar * width["after"] / width["before"])
+        draw.text((4, top + 2), name, "black")
+        draw.rectangle((left, top + 2, left + bar, top + row - 3), "lightgrey")
+        draw.rectangle((left, top + 2, end, top + row - 3), "steelblue")
+        draw.text((left + bar + 8, top + 2), f"{width['after']} of {width['before']}", "black")
+    return np.asarray(picture)
