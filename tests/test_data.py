@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
 
 
 def fake_cifar(tmp_path, monkeypatch):
-    """The download of CIFAR-10 from a file:// archive with two images a batch."""
+    """The download of CIFAR-10, a copy of an archive with two images a batch."""
     source = tmp_path / "served" / "cifar-10-batches-py"
     source.mkdir(parents=True)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
@@ -114,6 +115,8 @@ def fake_cifar(tmp_path, monkeypatch):
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(source, source.name)
     monkeypatch.setattr(CIFAR10, "url", archive.as_uri())
+    copy = "torchvision.datasets.utils._urlretrieve"
+    monkeypatch.setattr(copy, lambda url, path: shutil.copyfile(archive, path))
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [[names[5], sums[names[5]]]])
@@ -137,11 +140,10 @@ def test_failed_download_says_which_file_goes_where(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_archive_is_named(tmp_path, monkeypatch):
+def test_a_damaged_archive_is_downloaded_again(tmp_path, monkeypatch):
     archive = fake_cifar(tmp_path, monkeypatch)
     (tmp_path / archive.name).write_bytes(archive.read_bytes()[:-5])
-    with pytest.raises(InputError, match="cifar-10-python.tar.gz is damaged; delete it"):
-        load_data("cifar10", tmp_path)
+    assert len(load_data("cifar10", tmp_path).test) == 2
 
 
 def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):

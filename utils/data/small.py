@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.hub import download_url_to_file
 
 from utils.data.batches import (
     About,
@@ -116,31 +115,19 @@ def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
 
 
 def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
-    from torchvision.datasets.utils import check_integrity
-
-    archive, folder = root / source.filename, root / source.base_folder
-    advice = f"put {source.filename} into {root} and run again, or see --data_dir"
-    if folder.is_dir():
+    if (folder := root / source.base_folder).is_dir():
         os.listdir(folder)  # raises an error, where torchvision would download the data once more
-    else:
-        try:
-            if not archive.is_file():
-                root.mkdir(parents=True, exist_ok=True)
-                # torchvision's own download leaves half a file when it is interrupted.
-                download_url_to_file(source.url, str(archive), progress=sys.stderr.isatty())
-        except OSError as error:
-            raise InputError(f"{source.url} could not be downloaded ({error}); {advice}") from error
-        if not check_integrity(str(archive), source.tgz_md5):
-            raise InputError(f"{archive} is damaged; delete it, {advice}")
     try:
         parts = [source(str(root), train=train, download=True) for train in (True, False)]
+    except PermissionError:
+        raise
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: {error} Delete it and {advice}") from error
-    train, test = (
-        ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets))
-        for p in parts
-    )
-    return train, test, parts[0].classes
+        said = f"{source.url} could not be downloaded, or {root} holds other files ({error})"
+        advice = f"put {source.filename} into {root} and run again, or see --data_dir"
+        raise InputError(f"{said}; {advice}") from error
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
+    sets = [ImageSet(x, torch.tensor(part.targets)) for x, part in zip(images, parts, strict=True)]
+    return *sets, parts[0].classes
 
 
 def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
