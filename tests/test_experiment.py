@@ -10,7 +10,12 @@ import pytest
 import torch
 from helpers import CPU, batches_of, one_run, run_gfbs, run_train, same_weights, snapshot
 from PIL import Image, ImageColor
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import gfbs_cifar
@@ -413,5 +418,22 @@ def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):
     assert "_hparams_/session_start_info" in board.summary_metadata
     written = board.summary_metadata["_hparams_/experiment"].plugin_data.content
     columns = HParamsPluginData.FromString(written).experiment.hparam_infos
-    assert [column.name for column in columns][:4] == ["net", "criterion", "p", "seed"]
     assert {"bs", "w_beta", "epochs"} < {column.name for column in columns}
+
+
+def test_hparams_show_network_criterion_goal_and_seed_first(trained):
+    """As TensorBoard's own back end makes the table, from a baseline and two pruning runs."""
+    run_train("--output", "all")
+    run_gfbs("--p", "0.5", "--epochs", "0", "--checkpoint", "all", "--output", "all")
+    run_gfbs("--macs", "0.5", "--epochs", "0", "--checkpoint", "all", "--output", "all")
+    board = EventMultiplexer().AddRunsFromDirectory("all/runs").Reload()
+    provider = MultiplexerDataProvider(board, "all/runs")
+    backend = Context(TBContext(logdir="all/runs", data_provider=provider))
+    tags = backend.hparams_metadata(RequestContext(), "")
+    assert len(tags) == 3 and all("_hparams_/session_start_info" in run for run in tags.values())
+    columns = backend.experiment_from_metadata(RequestContext(), "", True, tags, [])
+    names = [column.name for column in columns.hparam_infos]
+    assert names[:6] == ["criterion", "macs", "net", "p", "params", "seed"]
+    assert {"bs", "w_beta", "epochs"} < {*names}
+    shown = [metric.name.tag for metric in columns.metric_infos]
+    assert "result/accuracy/baseline" in shown and "result/macs" in shown

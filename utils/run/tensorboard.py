@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from utils.finetune import Epoch
 from utils.run.record import Record
 
-FIRST = ("net", "criterion", "p", "macs", "params", "seed")  # columns of the HPARAMS tab
+GOALS = ("p", "macs", "params")
+FIRST = ("net", "criterion", *GOALS, "seed")  # columns of the HPARAMS tab
 
 
 class TensorBoardLog:
@@ -57,7 +59,7 @@ class TensorBoardLog:
         if self.writer is None:
             return
         try:
-            getattr(self.writer, method)(*args, **options)
+            attrgetter(method)(self.writer)(*args, **options)
         except (OSError, ValueError) as error:  # ValueError: a histogram of values that overflow
             self.writer = None
             self.warn(f"warning: no more TensorBoard files: they cannot be written ({error})")
@@ -91,14 +93,23 @@ class TensorBoardLog:
             for name, value in record.config.items()
             if value is not None
         }
-        asked = {name: asked[name] for name in FIRST if name in asked} | asked
         metrics = {f"accuracy/{name}": value for name, value in record.accuracy.items()}
         del metrics["accuracy/best_epoch"]
         for name, cost in record.cost.items():
             metrics[name] = cost["after"] if isinstance(cost, Mapping) else cost
         results = {f"result/{name}": v for name, v in metrics.items() if v is not None}
-        self._draw("flush")  # add_hparams writes a second file, which must be the newest
-        self._draw("add_hparams", asked, results, run_name=".")
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        goals = dict.fromkeys(GOALS, 0.0)  # each run has one of them, and all have the columns
+        columns, session = hparams({**goals, **asked}, results)[0], [*hparams(asked, results)[1:]]
+        if record.criterion:  # TensorBoard shows the columns of one run: not those of a baseline
+            session.append(_first_in_front(columns))
+        for summary in session:
+            self._draw("file_writer.add_summary", summary)
+        for name, value in results.items():
+            self._draw("add_scalar", name, value)
 
 
 def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -106,6 +117,18 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     titles = list(titles)
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _first_in_front(columns: Any) -> Any:
+    """The summary of the columns, so marked that TensorBoard shows those of ``FIRST`` first."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = columns.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for column in content.experiment.hparam_infos:
+        column.differs = column.name in FIRST  # TensorBoard sorts by this, then by name
+    plugin.content = content.SerializeToString()
+    return columns
 
 
 def _bars(channels: Mapping[str, Mapping[str, int]]) -> np.ndarray:
