@@ -1,10 +1,10 @@
 """Score, prune and fine-tune a ResNet on ImageNet, or on any two folders of images.
 
+    python gfbs_imagenet.py --net resnet50 --data_dir <path-to-imagenet> --p 0.4
     python gfbs_imagenet.py --net resnet50 --data_dir <path-to-imagenet> --p 0.4 --gpu 0,1,2,3
-    torchrun --nproc_per_node=8 -- gfbs_imagenet.py --data_dir <path-to-imagenet> --p 0.4
 
-Prunes CHECKPOINT/<net>/model_best.pth of prepare_torch_imagenet_models.py. DATA_DIR holds
-train/<class>/ and val/<class>/. Writes the files that gfbs_cifar.py writes, into
+Prunes CHECKPOINT/<net>/model_best.pth of prepare_torch_imagenet_models.py, with one process per
+GPU. DATA_DIR holds train/<class>/ and val/<class>/. Writes the files of gfbs_cifar.py into
 OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, with every setting that is not at its default.
 """
 

@@ -1,6 +1,6 @@
 # ResNet-50 on ImageNet over the pruning ratio: DATA=<path-to-imagenet> sh experiments/imagenet.sh
-# Flags go to gfbs_imagenet.py; a smoke test is --epochs 2 --limit_train_batches 2. LAUNCH may be
-# "torchrun --nproc_per_node=8 --" in the place of python. See common.sh for the rest.
+# Flags go to gfbs_imagenet.py; a smoke test is --epochs 2 --limit_train_batches 2. See
+# common.sh for the rest.
 JOBS=1 GPUS=0 # a run takes all GPUs
 . "$(dirname "$0")/common.sh"
 
@@ -10,8 +10,7 @@ DATA=${DATA:?the folder that has train/ and val/}
 run_queue
 for p in 0.2 0.3 0.4 0.5; do
     for seed in $SEEDS; do
-        # shellcheck disable=SC2086  # a command of several words
-        queue ${LAUNCH:-"$PYTHON"} gfbs_imagenet.py --data_dir "$DATA" --p $p --seed "$seed" \
+        queue "$PYTHON" gfbs_imagenet.py --data_dir "$DATA" --p $p --seed "$seed" \
             --checkpoint "$TRAINED" --output "$OUT/$TABLE" --resume "$@"
     done
 done

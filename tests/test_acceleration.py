@@ -182,7 +182,7 @@ def test_what_the_device_has_not_is_refused(monkeypatch):
         select_runtime("cpu", acceleration=Acceleration(amp="fp16"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="one GPU a process: start the script with torchrun"):
+    with pytest.raises(InputError, match="one GPU a process: leave --data_parallel out"):
         select_runtime("cuda", acceleration=Acceleration(compile=True))
     assert select_runtime("cuda", [1], acceleration=Acceleration("fp16")).gpus == (1,)
 

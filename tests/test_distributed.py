@@ -6,16 +6,24 @@ import copy
 import importlib
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, make_folder, random_model
+from helpers import CPU, make_folder, random_model, same_weights
 from torch import nn
 
+import train
+from utils import launch
 from utils.checkpoint import save_checkpoint
+from utils.cli import settings
+from utils.cli.parser import run_script
 from utils.data.batches import split_batches
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
@@ -23,16 +31,16 @@ from utils.pruning import PruningPlan
 from utils.surgery import prune
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 CIFAR = ["--net", "gateresnet20", "--dataset", "folder", "--bs", "6", "--image_size", "16"]
 IMAGENET = ["--net", "resnet18", "--train_bs", "6", "--image_size", "32", "--workers", "1"]
 CIFAR_LIMIT, IMAGENET_LIMIT = "--limit_test_batches", "--limit_val_batches"
 
 
-def launch(ranks, script, folder, *argv, **environment):
+def torchrun(ranks, script, folder, *argv, **environment):
     """Run a script of ours on so many ranks; returns the finished process."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    torchrun += ["--standalone", "--"]
-    command = [*torchrun, TESTS / "rank.py", script, folder, *argv, "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--standalone", "--", TESTS / "rank.py", script, folder, *argv, "--device", "cpu"]
     return subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -55,6 +63,14 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def by_ourselves(*argv, **options):
+    """A script of ours, started as a user does, in a process group of its own."""
+    command = [str(part) for part in [sys.executable, ROOT / "gfbs_cifar.py", *CIFAR, *argv]]
+    command += ["--data_dir", "images", "--checkpoint", "cifar.pth", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes, **options)
+
+
 @pytest.mark.parametrize("script", ["gfbs_cifar", "gfbs_imagenet"])
 def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     argv = CIFAR if script == "gfbs_cifar" else IMAGENET
@@ -64,7 +80,7 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     results = {}
     alone = importlib.import_module(script)
     alone.main(alone.parse_args([*argv, "--output", "1", "--device", "cpu"]))
-    done = launch(2, script, place, *argv, "--output", "2")
+    done = torchrun(2, script, place, *argv, "--output", "2")
     assert done.returncode == 0, done.stderr
     for ranks in (1, 2):
         (run,) = (place / str(ranks)).glob("*/gfbs_p0.4_seed1*")
@@ -86,11 +102,21 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
     assert [epoch["train"]["images"] for epoch in two["history"]] == [12, 12]  # 14 = 6 + 6 + 2
     assert done.stdout.count("epoch 1/2") == 1  # one rank talks
 
+    if script == "gfbs_cifar":  # the same without torchrun
+        argv = ["--p", "0.4", "--epochs", "2", "--lr", "0.001", "--output", "3"]
+        shown, wrong = by_ourselves(*argv, "--processes", "2").communicate(timeout=200)
+        assert "2 processes share every batch" in shown and not wrong
+        (last,), (same_last,) = ((place / n).glob("*/gfbs_p0.4_seed1*/last.pth") for n in "23")
+        assert (same_last.parent / "plan.json").read_text() == plan
+        three = json.loads((same_last.parent / "result.json").read_text())
+        assert three["accuracy"] == two["accuracy"]
+        assert same_weights(last, same_last)
+
 
 def test_ranks_agree_with_every_option_of_the_training(place):
     argv = [*CIFAR, "--bs", "8", "--data_dir", "images", "--checkpoint", "cifar.pth", "--p", "0.4"]
     argv += ["--epochs", "2", "--ema", "0.6", "--accumulate", "2", "--distill", "0.5"]
-    done = launch(2, "gfbs_cifar", place, *argv, "--label_smoothing", "0.1")
+    done = torchrun(2, "gfbs_cifar", place, *argv, "--label_smoothing", "0.1")
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(place / f"rank{rank}.pt") for rank in (0, 1))
     for name, tensor in one["weights"].items():
@@ -101,9 +127,77 @@ def test_ranks_agree_with_every_option_of_the_training(place):
 def test_bad_input_ends_every_rank_with_its_line(place):
     argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth"]
     (place / "checkpoints").write_text("a file where the folder should go")
-    blocked = launch(2, "gfbs_cifar", place, *argv)  # only rank 0 finds this out
+    blocked = torchrun(2, "gfbs_cifar", place, *argv)  # only rank 0 finds this out
     assert blocked.returncode != 0
     assert blocked.stderr.count("cannot be written") == 2
+
+
+def test_bad_input_ends_what_we_start_with_one_line_and_its_code(place):
+    (place / "checkpoints").write_text("a file where the folder should go")
+    running = by_ourselves("--processes", "2")
+    shown, wrong = running.communicate(timeout=200)
+    assert running.returncode == 2 and not shown
+    assert "cannot be written" in wrong and wrong.count("\n") == 1
+
+
+def test_a_signal_that_comes_twice_stops_all_ranks_and_the_run_continues(place):
+    running = by_ourselves("--processes", "2", "--epochs", "20", "--checkpoint_every", "1")
+    while running.poll() is None and not list(place.glob("checkpoints/*/*/last.pth")):
+        time.sleep(0.05)
+    for _ in range(2):
+        os.killpg(running.pid, signal.SIGINT)
+        time.sleep(0.2)
+    _, wrong = running.communicate(timeout=200)
+    assert running.returncode == 130, wrong
+    assert wrong.count("stopping after this batch") == 1 and "Traceback" not in wrong
+    (command,) = re.findall("; continue with: (.* --resume)\n", wrong)
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "continues after epoch" in done.stdout, done.stderr
+
+
+def test_one_rank_says_why_all_end(tmp_path, monkeypatch):
+    assert launch.is_root_cause(2) and launch.is_root_cause(2)  # a process by itself
+    monkeypatch.setenv(launch.ROOT_CAUSE, str(tmp_path / "cause"))
+    assert launch.is_root_cause(143) and not launch.is_root_cause(1)
+    monkeypatch.setenv(launch.ROOT_CAUSE, str(tmp_path / "nowhere" / "cause"))  # no room for it
+    assert launch.is_root_cause(1) and launch.is_root_cause(1)
+
+
+@pytest.mark.parametrize(
+    "argv, ranks, line",
+    [
+        (["--gpu", "0,2"], 2, "one process for each of 2 GPUs"),
+        ([], 4, "one process for each of 4 GPUs"),
+        (["--bs", "6"], 3, "3 GPUs; 4 are visible, but --bs 6 does not divide by more"),
+        (["--bs", "12", "--accumulate", "2"], 3, "one process for each of 3 GPUs"),
+        (["--gpu", "3"], 1, ""),
+        (["--data_parallel"], 1, ""),
+        (["--device", "cpu"], 1, ""),
+        (["--device", "cpu", "--processes", "2"], 2, "2 processes share every batch"),
+        (["--bs", "6", "--gpu", "0,1,2,3"], "--bs 6 does not divide by the 4 ranks", None),
+        (["--gpu", "4"], "--gpu 4: torch sees 4 GPUs here", None),
+        (["--processes", "2"], "--processes needs --device cpu, not cuda", None),
+    ],
+)
+def test_every_gpu_gets_a_process(monkeypatch, argv, ranks, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    monkeypatch.setenv(launch.STARTED, "")
+    started, alone = [], []
+    monkeypatch.setattr(launch, "start", lambda *command: started.append(command) or 0)
+    code = run_script(train.parse_args, alone.append)
+    if line is None:
+        assert code == 2 and not started and not alone
+        with pytest.raises(InputError, match=ranks):
+            settings.processes(train.parse_args())
+        return
+    assert code == 0 and len(started) == (ranks > 1) and len(alone) == (ranks == 1)
+    assert all(command == (["train.py", *argv], ranks) for command in started)
+    assert line in os.environ[launch.STARTED]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # in a rank, nothing is started again
+    monkeypatch.setenv(launch.ROOT_CAUSE, "somewhere")
+    assert settings.processes(train.parse_args()) == (1, "")
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
@@ -113,7 +207,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 def test_a_rank_that_dies_ends_the_job(place):
     argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth", "--epochs", "50"]
-    done = launch(2, "gfbs_cifar", place, *argv, GFBS_TEST_DIES="1")
+    done = torchrun(2, "gfbs_cifar", place, *argv, GFBS_TEST_DIES="1")
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
     assert "another rank has died or left" in done.stderr and "[rank0]" not in done.stderr

@@ -181,6 +181,7 @@ def select_runtime(
     gpus: Sequence[int] | None = None,
     sync_bn: bool = False,
     acceleration: Acceleration = Acceleration(),
+    data_parallel: bool = True,
 ) -> Runtime:
     """Turn ``--device`` and ``--gpu`` into a runtime. Under ``torchrun``, join the other ranks.
 
@@ -188,16 +189,13 @@ def select_runtime(
         device: ``auto`` (CUDA, else MPS, else the CPU), ``cpu``, ``cuda`` or ``mps``.
         gpus: CUDA ids; by default all visible ones. Under ``torchrun`` every rank takes one.
         sync_bn, acceleration: see ``Runtime``.
+        data_parallel: without ranks, share batches among the GPUs; otherwise take the first one.
 
     Raises InputError for what this machine does not have, or cannot combine.
     """
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if device == "auto":
-        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if visible or gpus else accelerator
-    use = tuple(gpus or range(visible)) if device == "cuda" else ()
-    _check(device, gpus or (), visible, sync_bn, acceleration)
+    device, use = find_devices(device, gpus or ())
+    _check(device, sync_bn, acceleration)
     if device == "mps":
         acceleration = replace(acceleration, channels_last=False)
     if ranks > 1 and "LOCAL_RANK" not in os.environ:
@@ -208,9 +206,10 @@ def select_runtime(
     here = torch.device("cuda", use[local]) if use else torch.device(device)
     if ranks == 1:
         if sync_bn:
-            raise InputError("--sync_bn is for several ranks: start the script with torchrun")
+            raise InputError("--sync_bn is for several processes: name several GPUs with --gpu")
+        use = use if data_parallel else use[:1]
         if len(use) > 1 and (acceleration.amp or acceleration.compile):
-            advice = "start the script with torchrun, or name one with --gpu"
+            advice = "leave --data_parallel out, or name one with --gpu"
             raise InputError(f"--amp and --compile take one GPU a process: {advice}")
         return Runtime(here, use, acceleration=acceleration)
     if use:
@@ -221,10 +220,12 @@ def select_runtime(
     return Runtime(here, use[local : local + 1], *place, sync_bn, acceleration)
 
 
-def _check(
-    device: str, gpus: Sequence[int], visible: int, sync_bn: bool, acceleration: Acceleration
-) -> None:
-    """Raise InputError for a missing device or GPU, and for an option that it cannot have."""
+def find_devices(device: str, gpus: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The kind of device that is meant, and which GPUs; InputError for what is not there."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if visible or gpus else accelerator
     if gpus and device != "cuda":
         raise InputError(f"--gpu needs --device cuda, not {device}")
     if absent := ",".join(str(gpu) for gpu in gpus if gpu >= visible):
@@ -234,6 +235,11 @@ def _check(
         raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: not available on this machine; use --device cpu")
+    return device, tuple(gpus or range(visible)) if device == "cuda" else ()
+
+
+def _check(device: str, sync_bn: bool, acceleration: Acceleration) -> None:
+    """Raise InputError for an option that the device cannot have."""
     if sync_bn and device != "cuda":
         raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
     if acceleration.amp == "fp16" and device != "cuda":

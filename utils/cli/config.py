@@ -11,9 +11,9 @@ from utils.run.existing import BEFORE, read_dict
 # Flags that say where and how a run computes, not what. Runs that differ only in these are the
 # same experiment.
 NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "config", "data_dir", "defaults",
-    "deterministic", "device", "gpu", "logdir", "output", "overwrite", "resume", "skip_finished",
-    "workers",
+    "checkpoint", "checkpoint_activations", "checkpoint_every", "config", "data_dir",
+    "data_parallel", "defaults", "deterministic", "device", "gpu", "logdir", "output", "overwrite",
+    "processes", "resume", "skip_finished", "workers",
 }  # fmt: skip
 NO_FLAGS = {"baseline", "classes", "data"}  # what a configuration says of weights and images
 GOALS = {"p", "macs", "params"}  # one of them replaces the others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, _ArgumentGroup
 
 from models import ALIASES, IMAGENET_NETWORKS, NETWORKS
 from utils.cli import parser as value
@@ -190,12 +190,14 @@ def add_smooth_flags(parser: ArgumentParser, recipes: Recipes) -> None:
         help="epochs of fine-tuning after each round (default: that of --smooth_epochs)")
 
 
-def add_device_flags(parser: ArgumentParser) -> None:
-    """Where to compute."""
-    add = parser.add_argument_group("device").add_argument
+def add_device_flags(parser: ArgumentParser) -> _ArgumentGroup:
+    """Where to compute. Returns the group of these flags."""
+    group = parser.add_argument_group("device")
+    add = group.add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--gpu", type=value.gpu_ids, metavar="IDS",
         help="GPUs that share every batch, such as 0,1 (default: all visible ones)")
+    return group
 
 
 def add_run_flags(parser: ArgumentParser) -> None:
@@ -208,7 +210,11 @@ def add_run_flags(parser: ArgumentParser) -> None:
         help="store them plane by plane, as runs of earlier versions did by default")
     add("--compile", action="store_true", help="train through torch.compile; needs a C++ compiler")
     add("--fused", action="store_true", help="the optimiser updates all weights in one pass")
-    add_device_flags(parser)
+    one = add_device_flags(parser).add_mutually_exclusive_group()
+    one.add_argument("--processes", type=value.count, metavar="N",
+        help="processes that share batches on a CPU")
+    one.add_argument("--data_parallel", action="store_true",
+        help="one process for all GPUs (nn.DataParallel), as published; without it, each has one")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=value.count_or_zero, default=1, metavar="N",
         help="of the initial weights, the order of the images and their augmentation")
@@ -216,7 +222,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
         help="the same bits in every run on the same device; slower on a GPU, where cuDNN otherwise"
              " tries which algorithm is the fastest")
     add("--sync_bn", action="store_true",
-        help="under torchrun on GPUs: BatchNorm statistics over the batches of all ranks")
+        help="on several GPUs: BatchNorm statistics over the batches of all")
     add("--config", metavar="FILE",
         help="repeat the run that wrote this config.json; flags that are typed beside it win")
     add("--output", default="./checkpoints", metavar="DIR", help="where results go")

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 
 from models import check_network
+from utils import launch
+from utils.cli import settings
 from utils.cli.config import repeating
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
@@ -86,6 +88,11 @@ def run_script(
     signals.install()
     name = Path(program()[-1]).name
     try:
+        ranks, how = settings.processes(args)
+        if how:
+            os.environ[launch.STARTED] = how
+        if ranks > 1:
+            return launch.start([*program(), *sys.argv[1:]], ranks)
         main(args)
     except (InputError, RunError) as error:
         return _say(2 if isinstance(error, InputError) else 1, f"{name}: error: {error}")
@@ -110,8 +117,9 @@ def run_script(
 
 
 def _say(code: int, line: str) -> int:
-    with suppress(OSError):  # the reader of a pipe may be gone
-        print(line, file=sys.stderr)
+    if launch.is_root_cause(code):
+        with suppress(OSError):  # the reader of a pipe may be gone
+            print(line, file=sys.stderr)
     return code
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models import ALIASES, GatedModel
+from utils import launch
 from utils.checkpoint import Checkpoint
 from utils.cli.config import NO_CONFIGURATION
 from utils.data.batches import Normalisation, Split
@@ -25,9 +26,19 @@ from utils.selection import Goal
 def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
     """Where the run computes. ``flag`` is the one that gives the batch size."""
     acceleration = Acceleration(args.amp, args.channels_last, args.compile, args.fused)
-    here = select_runtime(args.device, args.gpu, args.sync_bn, acceleration)
+    alone = args.data_parallel or bool(args.gpu)
+    here = select_runtime(args.device, args.gpu, args.sync_bn, acceleration, alone)
     here.share(batch_size, flag, args.accumulate or 1)
     return here
+
+
+def processes(args: Namespace) -> tuple[int, str]:
+    """How many processes share the run, and a line for the log; 1 without the flags for it."""
+    if getattr(args, "data_parallel", True):
+        return 1, ""
+    flag = "bs" if "bs" in args else "train_bs"
+    batch = getattr(args, flag), f"--{flag}", args.accumulate or 1
+    return launch.processes(args.device, args.gpu, args.processes, *batch)
 
 
 def normalisation(args: Namespace) -> Normalisation | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models import GatedModel
+from utils import launch
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.data.listing import class_digest
 from utils.distributed import Runtime
@@ -68,6 +69,8 @@ class RunFolder:
             self.signals.install()
             self._opened.callback(self.signals.restore)
             self.log(f"$ {command_line()}")
+            if how := os.environ.get(launch.STARTED):
+                self.log(how)
             if path := self.settings.repeats:
                 changed = existing.differences(self._earlier, self.config)
                 self.log(f"repeats {path}{changed and f', but for {changed}'}")
@@ -125,7 +128,7 @@ class RunFolder:
     def _resume_line(self) -> str:
         """The command that continues this run, from this folder."""
         only_now = "--checkpoint" if self.settings.checkpoint else ""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self.runtime.world_size > 1 and launch.ROOT_CAUSE not in os.environ:
             without = f" without {only_now}" if only_now else ""
             return f"the same torchrun command{without} and --resume"
         words, rest = [], iter(sys.argv[1:])

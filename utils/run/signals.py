@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from utils.errors import Interrupted
+from utils.launch import ONE_SIGNAL
 
 
 class Signals:
@@ -18,7 +20,7 @@ class Signals:
 
     def __init__(self):
         self.received = 0  # number of the first signal; 0 before it
-        self._deferring = False
+        self._since, self._deferring = 0.0, False  # since when, by time.monotonic
         self._before: dict[int, object] = {}
 
     def install(self) -> None:
@@ -41,9 +43,13 @@ class Signals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
-            os._exit(128 + signum)
+            if time.monotonic() - self._since > ONE_SIGNAL:
+                os._exit(128 + signum)
+            return
         # Set in any case: Python swallows exceptions in __del__, and then the loop checks this.
-        self.received = signum
+        self.received, self._since = signum, time.monotonic()
         if not self._deferring:
             raise Interrupted(signum)
-        print("stopping after this batch; once more to stop at once", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            what = "stopping after this batch; once more to stop at once"
+            print(what, file=sys.stderr, flush=True)

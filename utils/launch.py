@@ -1,0 +1,108 @@
+"""Start a script once per GPU, by torch's elastic launcher: torchrun without typing it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from utils.distributed import Runtime, find_devices
+from utils.errors import InputError
+
+# In the environment of the processes: a line for the log, and where the first failed rank leaves
+# its exit code.
+STARTED, ROOT_CAUSE = "GFBS_STARTED", "GFBS_ROOT_CAUSE"
+PATIENCE = 600  # seconds after a signal until SIGKILL; ranks finish a batch and save a checkpoint
+ONE_SIGNAL = 1  # seconds: schedulers and terminals may deliver the same signal twice
+
+
+def processes(
+    device: str, gpus: Sequence[int] | None, wanted: int | None, batch: int, flag: str, parts: int
+) -> tuple[int, str]:
+    """How many processes share every batch, and a line for the log; see ``flags`` for the rest.
+
+    One per GPU of ``gpus``; by default, one for each of as many visible GPUs as the ``batch`` of
+    this ``flag`` divides by, in ``parts``. On a CPU, ``wanted``. In a rank, 1.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if wanted and ROOT_CAUSE not in os.environ:
+            raise InputError("--processes: torchrun has started them already; leave the flag out")
+        return 1, ""
+    device, use = find_devices(device, gpus or ())
+    if wanted and device != "cpu":
+        raise InputError(f"--processes needs --device cpu, not {device}: a GPU has one process")
+    count, line = wanted or 1, f"{wanted} processes share every batch"
+    if use:
+        fits = [n for n in range(1, len(use) + 1) if batch % (n * parts) == 0]
+        count = len(use) if gpus else max(fits, default=1)
+        line = f"one process for each of {count} GPUs"
+        if count < len(use):
+            line += f"; {len(use)} are visible, but {flag} {batch} does not divide by more"
+    Runtime(torch.device(device), world_size=count).share(batch, flag, parts)
+    return count, line if max(count, len(use)) > 1 else ""
+
+
+def start(command: Sequence[str], ranks: int) -> int:
+    """Run a script of Python as so many ranks on this machine, and return its exit code.
+
+    It is that of the rank that failed first, or 128 and the number of the signal that this process
+    received. The first signal stops every rank after its batch, a second one at once.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    received: list[tuple[int, float]] = []
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn | None:
+        if not received or time.monotonic() - received[-1][1] > ONE_SIGNAL:
+            received.append((signum, time.monotonic()))
+            raise SignalException("", signal.SIGTERM)  # sent to all ranks, whatever came
+
+    logging.disable()  # the launcher's report of a failure: the rank has said why it fails
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ROOT_CAUSE] = cause = f"{folder}/root_cause"
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0, run_id="gfbs",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(folder), shutdown_timeout=PATIENCE,
+            signals_to_handle="SIGQUIT",
+        )  # fmt: skip
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, stop)
+            elastic_launch(config, sys.executable)(*command)
+        except SignalException:
+            return 128 + (received[0][0] if received else signal.SIGQUIT)
+        except ChildFailedError as error:
+            rank, failure = next(iter(error.failures.items()))  # in the order of their ends
+            if failure.exitcode < 0:
+                killed = f"rank {rank} was killed by {failure.signal_name()}"
+                print(f"{killed}; memory may have run out", file=sys.stderr)
+                return 1
+            return int(os.readlink(cause)) if os.path.islink(cause) else failure.exitcode
+    return 0
+
+
+def is_root_cause(code: int) -> bool:
+    """Whether this process should say why it ends: no other rank has failed before it.
+
+    Always true where ``start`` has not started the ranks.
+    """
+    try:
+        # A link, unlike a file, is there as a whole or not at all, also on a full disk.
+        os.symlink(str(code), os.environ[ROOT_CAUSE])
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):
+        return True
+    return True
