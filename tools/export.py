@@ -92,6 +92,7 @@ def describe(
     cost, digest = model_cost(model, size), hashlib.sha256(source.read_bytes()).hexdigest()
     pixels = {"shape": ["batch", 3, size, size], "type": "float32"}
     pixels["normalisation"] = typed.as_dict() if typed else meta.get("normalisation")
+    pixels["resize"] = meta.get("resize")  # of the shorter side, before the crop
     said = {"net": model.net, "input": {"name": "images", **pixels}}
     said |= {"output": {"name": "logits", "shape": ["batch", model.num_classes]}}
     said |= {"classes": meta.get("classes"), **vars(cost), "accuracy": meta.get("accuracy")}
@@ -140,7 +141,7 @@ def read(file: Path) -> Network:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
 
 
 def check_onnx() -> None:

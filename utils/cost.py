@@ -1,7 +1,9 @@
 """The cost of a network: multiply-adds and parameters."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,3 +42,14 @@ def model_cost(model: GatedModel, image_size: int) -> Cost:
     gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
     params = sum(parameter.numel() for parameter in model.parameters()) - gates
     return Cost(counter.get_total_flops() // 2, params)  # torch counts two FLOPs per MAC
+
+
+def seconds(run: Callable[[], Any], measured_for: float = 0.5) -> float:
+    """The median time of a call, after one that does not count; it waits for CUDA.
+
+    Calls are repeated until they took ``measured_for`` seconds.
+    """
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=measured_for).median

@@ -93,7 +93,7 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
     root = Path(data_dir)
     if dataset == "folder":
         train, test, classes = list_folders(root, TEST_FOLDERS)
-        images = _read_images(train + test, image_size)
+        images = read_images(train + test, image_size)
         parts = images[: len(train)], images[len(train) :]
     elif dataset == "synthetic":
         classes, kinds = list(SYNTHETIC_CLASSES), ((5000, 0), (1000, 1))
@@ -130,7 +130,8 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
     return *sets, parts[0].classes
 
 
-def _read_images(samples: ImageSamples, image_size: int) -> ImageSet:
+def read_images(samples: ImageSamples, image_size: int) -> ImageSet:
+    """All images in memory, resized by the shorter side and centre-cropped to ``image_size``."""
     from torchvision.transforms.v2 import functional as transforms
 
     ignore_warnings_of_pillow()
