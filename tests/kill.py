@@ -39,6 +39,7 @@ from utils.cli.parser import run_script
 COMMON = "--net gateresnet20 --dataset synthetic --image_size 8 --device cpu --bs 64"
 TRAIN = f"{COMMON} --epochs 2 --limit_train_batches 12 --limit_test_batches 1"
 PRUNE = f"{TRAIN} --p 0.5 --smooth --smooth_epochs 1 --final_epochs 2"
+PRUNE += " --ema 0.9 --distill 0.5 --accumulate 2"  # what else last.pth has to hold
 PIPELINE = ((train, TRAIN), (gfbs_cifar, PRUNE))
 PATIENCE = 100  # seconds until a rank counts as hanging
 

@@ -66,6 +66,14 @@ def test_typed_flags_win_and_the_log_says_what_differs(trained):
     )
 
 
+def test_one_way_to_prune_replaces_another(tmp_path):
+    smooth = ["--smooth", "--smooth_epochs", "3", "--final_epochs", "4", "--epochs", "9"]
+    path = str(write(configuration(gfbs_cifar, *smooth), tmp_path / "config.json"))
+    args = gfbs_cifar.parse_args(["--config", path, "--steps", "2", "--step_epochs", "5"])
+    assert (args.smooth, args.steps, args.step_epochs, args.epochs) == (False, 2, 5, 9)
+    assert args.smooth_epochs is None and args.final_epochs is None
+
+
 def test_weights_that_are_others_are_told_of(trained):
     run_gfbs("--p", "0.5", "--epochs", "0")
     config = shutil.copy(one_run(trained, "gfbs_p0.5_seed1") / "config.json", "copy.json")

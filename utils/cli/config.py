@@ -6,21 +6,15 @@ from argparse import Action, ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from utils.cli.settings import NEEDS, NO_CONFIGURATION
 from utils.run.existing import BEFORE, read_dict
 
-# Flags that say where and how a run computes, not what. Runs that differ only in these are the
-# same experiment.
-NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "config", "data_dir",
-    "data_parallel", "defaults", "deterministic", "device", "gpu", "logdir", "output", "overwrite",
-    "processes", "resume", "skip_finished", "workers",
-}  # fmt: skip
 NO_FLAGS = {"baseline", "classes", "data"}  # what a configuration says of weights and images
-GOALS = {"p", "macs", "params"}  # one of them replaces the others
 
 
 def repeating(path: str, parser: ArgumentParser, typed: set[str]) -> list[str]:
-    """The words of a command line that repeats the run, without the flags in ``typed``.
+    """The words of a command line that repeats the run, without the flags in ``typed``, and without
+    those that they exclude.
 
     Ends with one line if the file is no configuration, or that of another script.
     """
@@ -38,7 +32,9 @@ def repeating(path: str, parser: ArgumentParser, typed: set[str]) -> list[str]:
         why = "is of another script"
     if why:
         parser.error(f"--config {path} {why}; name the config.json of a run of {parser.prog}")
-    skipped = typed | (GOALS if typed & GOALS else set())
+    groups = [{a.dest for a in g._group_actions} for g in parser._mutually_exclusive_groups]
+    replaced = {name for group in groups if group & typed for name in group} - typed
+    skipped = typed | replaced | {name for name, way in NEEDS.items() if way in replaced}
     words = []
     for name in flags.keys() - skipped:
         value = content.get(name, BEFORE.get(name, False))

@@ -11,7 +11,6 @@ from typing import Any
 from models import ALIASES, GatedModel
 from utils import launch
 from utils.checkpoint import Checkpoint
-from utils.cli.config import NO_CONFIGURATION
 from utils.data.batches import Normalisation, Split
 from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.recipes import CIFAR_COSINE, Cosine, Recipes
@@ -212,6 +211,15 @@ def warn(text: str) -> None:
     """Print one line on stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
+
+
+# Flags that say where and how a run computes, not what. Runs that differ only in these are the
+# same experiment.
+NO_CONFIGURATION = {
+    "checkpoint", "checkpoint_activations", "checkpoint_every", "config", "data_dir",
+    "data_parallel", "defaults", "deterministic", "device", "gpu", "logdir", "output", "overwrite",
+    "processes", "resume", "skip_finished", "workers",
+}  # fmt: skip
 
 
 def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any]:
