@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from models import build_model
 from utils.cli.settings import configuration
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +90,18 @@ def test_make_lists_its_targets():
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^make (\w+) +\w", listed, re.MULTILINE) == targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_python_runs_as_it_stands(page, tmp_path, monkeypatch):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    known = {}
+    exec(code, known)
+    whole = build_model("gateresnet20").group_widths()
+    kept = known["model"].group_widths()
+    assert sum(kept.values()) < 0.5 * sum(whole.values())
+    if "again" in known:
+        assert known["again"].group_widths() == kept and len(known["epochs"]) == 2

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from utils.errors import InputError
 
@@ -66,6 +67,33 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class LoaderBatches:
+    """``Batches`` of a DataLoader over (image, label); a run cannot be resumed on it."""
+
+    loader: DataLoader
+    device: torch.device
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.loader.dataset)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """The loader draws its own order."""
+
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Batches``."""
+        images, labels = default_collate([self.loader.dataset[i] for i in indices.tolist()])
+        return images.to(self.device), labels.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x.to(self.device), y.to(self.device)) for x, y in self.loader)
 
 
 @dataclass(eq=False)
