@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,50 +174,54 @@ class Stop(BaseException):
     """What a signal handler raises."""
 
 
-def many_images(monkeypatch, read, count=20_000):
-    """A folder data set of which there is only the list; ``read`` is called before every image."""
-    reads, samples = [], [("image.png", 0)] * count
+def many_images(monkeypatch, before, count=20_000):
+    """A folder data set of which there is only the list, read by two processes.
+
+    ``before`` is called with the number of every image before it is read. Returns how many were.
+    """
+    reads, samples = multiprocessing.Value("i", 0), [(str(i), 0) for i in range(count)]
 
     def read_image(path):
-        reads.append(path)
-        read()
+        with reads.get_lock():
+            reads.value += 1
+        time.sleep(0.002)
+        before(int(path))
         return Image.new("RGB", (32, 32))
 
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(small, "list_folders", lambda *_: (samples, samples[:1], ["cat", "dog"]))
     monkeypatch.setattr(small, "read_image", read_image)
     return reads
 
 
 def test_a_bad_first_image_is_told_of_at_once(monkeypatch):
-    def read():
-        time.sleep(0.002)
-        if len(reads) <= 2:  # of two threads
+    def before(number):
+        if number == 0:
             raise InputError("a bad image")
 
-    reads = many_images(monkeypatch, read)
+    reads = many_images(monkeypatch, before)
     assert refusal(load_data, "folder", "") == "a bad image"
-    assert len(reads) < 500
+    assert reads.value < 2000
 
 
 def test_a_signal_does_not_wait_for_the_images_that_are_still_to_be_read(monkeypatch):
     def stop(*_):
         raise Stop
 
-    once = threading.Lock()
+    main = os.getpid()
 
-    def read():
-        time.sleep(0.002)
-        if len(reads) >= 20 and once.acquire(blocking=False):
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def before(number):
+        if number == 20:
+            os.kill(main, signal.SIGUSR1)
 
-    reads = many_images(monkeypatch, read)
-    before = signal.signal(signal.SIGUSR1, stop)
+    reads = many_images(monkeypatch, before)
+    earlier = signal.signal(signal.SIGUSR1, stop)
     try:
         with pytest.raises(Stop):
             load_data("folder", "")
     finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert len(reads) < 500
+        signal.signal(signal.SIGUSR1, earlier)
+    assert reads.value < 2000
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,6 +14,7 @@ from helpers import CPU, make_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from utils.data import small
 from utils.data.batches import scoring_indices
 from utils.data.listing import read_image
 from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet, load_data
@@ -52,6 +53,23 @@ def test_folder_set(tmp_path):
     assert data.train.labels.tolist() != sorted(data.train.labels.tolist())  # not class by class
     again = load_data("folder", tmp_path, image_size=24)
     assert torch.equal(again.train.labels, data.train.labels)
+
+
+def test_processes_read_what_one_process_reads(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path, images=60, size=(9, 7))
+    Image.new("RGB", (20, 5), (9, 9, 9)).save(tmp_path / "train" / "cat" / "wide.png")
+    alone, said = load_data("folder", tmp_path, image_size=8), capsys.readouterr().err
+    assert "smallest: 9x7" in said or "smallest: 20x5" in said
+    monkeypatch.setattr(small, "IMAGES_A_WORKER", 60)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    together = load_data("folder", tmp_path, image_size=8)
+    assert capsys.readouterr().err == said
+    for one, other in ((alone.train, together.train), (alone.test, together.test)):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    (tmp_path / "test" / "cat" / "7.png").write_text("no image")
+    with pytest.raises(InputError, match=r"^\S+cat/7.png: cannot be read as an image") as error:
+        load_data("folder", tmp_path, image_size=8)
+    assert "Traceback" not in str(error.value)
 
 
 def test_folder_set_that_cannot_serve_is_refused_by_name(tmp_path):

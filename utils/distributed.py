@@ -1,4 +1,4 @@
-"""Where a run computes: devices, ranks, precision. Only this file knows ranks and wrappers."""
+"""Where a run computes: devices, ranks, precision. Only this file and launch.py know ranks."""
 
 from __future__ import annotations
 

@@ -132,19 +132,17 @@ class FolderBatches(ShuffledBatches):
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
             persistent_workers=persistent and self.workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # leaves the global random state alone
         )
 
     def _read(self, loader: DataLoader, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.runtime.device
         loader.batch_sampler[:] = [(self.epoch, indices.numpy()) for indices in parts]
-        try:
+        with errors_of_workers():
             for images, labels in loader:
                 images = images.to(device, non_blocking=True)
                 yield self.normalisation.apply(images), labels.to(device, non_blocking=True)
-        except InputError as error:  # a worker wraps its traceback around the message
-            raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._read(self.loader, self._shares())
@@ -156,7 +154,16 @@ class FolderBatches(ShuffledBatches):
         return torch.cat(images), torch.cat(labels)
 
 
-def _start_worker(worker: int) -> None:
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Raise the InputError of a worker process without the traceback around its message."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).rpartition("InputError: ")[2]) from None
+
+
+def start_worker(worker: int) -> None:
     """Leave the process group, because Ctrl-C and schedulers signal all of it.
 
     Only the main process reacts to signals. It ends its workers, and they end if it is gone.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from utils.data.batches import (
     About,
@@ -24,6 +25,7 @@ from utils.data.batches import (
     Split,
     choose_normalisation,
 )
+from utils.data.folders import errors_of_workers, start_worker
 from utils.data.listing import (
     ImageSamples,
     folder_identity,
@@ -45,6 +47,7 @@ CIFAR100_NORMALISATION = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 TEST_FOLDERS = ("test", "val")  # the first that exists serves
 TEST_BATCH = 500
+IMAGES_A_WORKER = 200  # of a folder; fewer are read by this process
 
 
 @dataclass(frozen=True)
@@ -132,29 +135,53 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 def read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     """All images in memory, resized by the shorter side and centre-cropped to ``image_size``."""
-    from torchvision.transforms.v2 import functional as transforms
-
     ignore_warnings_of_pillow()
-    pixels = np.empty((len(samples), image_size, image_size, 3), np.uint8)
+    # A container may have fewer cores.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    pixels = torch.empty(len(samples), image_size, image_size, 3, dtype=torch.uint8)
+    # Processes, not threads: Pillow holds Python's lock where it converts pixels. A process takes
+    # longer to start than it takes to read a few images.
+    workers = min(os.cpu_count() or 1, len(samples) // IMAGES_A_WORKER)
+    parts = [part.tolist() for part in torch.arange(len(samples)).split(100)]
+    loader = DataLoader(
+        _Squares(samples, image_size), batch_size=None, sampler=parts, num_workers=workers,
+        worker_init_fn=start_worker, generator=torch.Generator(),
+    )  # fmt: skip
 
-    def read(index: int) -> tuple[int, int]:
-        image = read_image(samples[index][0])
-        size = image.size
-        if size != (image_size, image_size):
-            image = transforms.center_crop(transforms.resize(image, [image_size]), [image_size])
-        pixels[index] = image
-        return size
+    def fill() -> Iterator[list[int]]:
+        for part, (squares, sizes) in zip(parts, loader, strict=True):
+            pixels[part[0] : part[-1] + 1] = squares
+            yield from sizes.tolist()
 
-    # Unlike an executor, a pool does not read the remaining images before it ends.
-    with ThreadPool(os.cpu_count()) as pool:
-        done = pool.imap(read, range(len(samples)))
-        sizes = list(progress(done, "reading images", len(samples)))
+    with errors_of_workers():
+        sizes = list(progress(fill(), "reading images", len(samples)))
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
         many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
         print(f"warning: {many} and are enlarged (smallest: {width}x{height})", file=sys.stderr)
     labels = torch.tensor([label for _, label in samples])
-    return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
+    return ImageSet(pixels.permute(0, 3, 1, 2), labels)
+
+
+@dataclass(frozen=True)
+class _Squares(Dataset):
+    """Centres of images, resized to uint8 (N, S, S, 3), and the sides (N, 2) that they had."""
+
+    samples: ImageSamples
+    size: int
+
+    def __getitem__(self, part: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        from torchvision.transforms.v2 import functional as transforms
+
+        squares = np.empty((len(part), self.size, self.size, 3), np.uint8)
+        sides = np.empty((len(part), 2), np.int64)
+        for place, index in enumerate(part):
+            image = read_image(self.samples[index][0])
+            sides[place] = image.size
+            if image.size != (self.size, self.size):
+                image = transforms.center_crop(transforms.resize(image, [self.size]), [self.size])
+            squares[place] = image
+        return squares, sides
 
 
 @dataclass(eq=False)
