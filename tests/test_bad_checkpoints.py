@@ -15,7 +15,10 @@ import pytest
 import torch
 from helpers import Nested, random_batch, random_model, run_gfbs, run_train
 
+import gfbs_cifar
+import gfbs_imagenet
 import models
+from tools import export
 from utils.checkpoint import checksum, load_checkpoint, load_model, read_state_dict, save_checkpoint
 from utils.errors import InputError
 from utils.pruning import PruningPlan
@@ -356,3 +359,30 @@ def test_names_that_are_too_long_and_folders_are_refused(place):
                 run("--checkpoint", name)
     for name in ("images", "nowhere.pth", "/dev/null", __file__ + "/below.pth"):
         assert f"{name}: no such checkpoint" in refusal(name)
+
+
+def test_a_missing_baseline_is_made_by_the_script_that_makes_it(place):
+    with pytest.raises(
+        InputError, match="no such checkpoint; make one with train.py, or .*--check"
+    ):
+        run_gfbs()
+    with pytest.raises(InputError, match="make one with prepare_torch_imagenet_models.py"):
+        gfbs_imagenet.main(gfbs_imagenet.parse_args(["--data_dir", "images", "--device", "cpu"]))
+    with pytest.raises(InputError, match="no such checkpoint") as error:
+        export.main(export.parse_args(["nowhere.pth"]))
+    assert "--checkpoint" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "script, holds, asked, advice",
+    [
+        (gfbs_imagenet, "gateresnet20", "resnet50", "gfbs_cifar.py prunes it"),
+        (gfbs_cifar, "resnet18", "gateresnet20", "gfbs_imagenet.py prunes it"),
+        (gfbs_imagenet, "resnet18", "resnet50", "give --net resnet18 or another --checkpoint"),
+    ],
+)
+def test_another_network_is_pruned_by_its_script(place, script, holds, asked, advice):
+    save_checkpoint("c.pth", random_model(holds, 2))
+    argv = ["--net", asked, "--checkpoint", "c.pth", "--data_dir", "images", "--device", "cpu"]
+    with pytest.raises(InputError, match=f"holds {holds}, not {asked}; {advice}"):
+        script.main(script.parse_args(argv))

@@ -265,3 +265,48 @@ def test_norms_that_ranks_share_are_scored_by_one_alone():
     assert all(torch.equal(before[name], after[name]) for name in before)
     prune(model, PruningPlan({"gate1": [0, 2]}))
     model(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+@pytest.fixture
+def group():
+    """A group of one rank."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def fail(error):
+    def main(args):
+        raise error
+
+    return run_script(lambda: None, main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL error in: a.cpp:1, Cuda failure 'out of memory'"),
+        RuntimeError("Gloo: unsupported data type Half"),
+        RuntimeError("a connection pattern of two layers does not fit"),
+    ],
+)
+def test_an_error_that_is_no_lost_rank_keeps_its_traceback(group, error):
+    with pytest.raises(RuntimeError) as raised:
+        fail(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:51151",
+        "Read error [127.0.0.1]:1: Connection reset by peer",
+        "[gloo] Timed out waiting 1800000ms for recv operation to complete",
+        "failed to recv, got 0 bytes. Connection was likely closed. Did the server shut down?",
+        "NCCL error\nncclRemoteError: A call failed possibly due to a network error",
+    ],
+)
+def test_a_lost_rank_is_one_line_that_says_what_the_backend_said(group, said, capsys):
+    assert fail(RuntimeError(said)) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "another rank has died or left" in shown
+    assert said.split("\n")[-1] in shown

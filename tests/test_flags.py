@@ -10,6 +10,7 @@ import torch
 from helpers import CPU, one_run, run_gfbs, run_train
 
 import gfbs_cifar
+import gfbs_imagenet
 import train
 from models.residual import ResidualModel
 from utils import selection
@@ -150,3 +151,84 @@ def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):
     evaluate(model, batches, CPU)
     shown = capsys.readouterr().err
     assert "evaluate" in shown and "images/s" in shown and "loss" in shown
+
+
+@pytest.mark.parametrize(
+    "flag, value, wanted",
+    [
+        ("--lr", "1e39", "'1e39' is not a positive number below 3.4e+38"),
+        ("--weight_decay", "1e300", "'1e300' is not a number of at least 0 and below 3.4e+38"),
+        ("--w_beta", "1e38", "'1e38' is not a number of at least 0 and below 1e6"),
+    ],
+)
+def test_numbers_that_float32_cannot_hold_are_refused(flag, value, wanted, capsys):
+    with pytest.raises(SystemExit) as left:
+        gfbs_cifar.parse_args([flag, value])
+    assert left.value.code == 2 and wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--p", "0.5"], "gfbs_p0.5_seed1"),
+        ([], "gfbs_p0.7_seed1"),
+        (["--p", "0.5", "--smooth", "--seed", "3"], "gfbs_p0.5_smooth_seed3"),
+        (["--macs", "0.5", "--criterion", "l1"], "l1_macs0.5_seed1"),
+        (["--params", "0.25", "--steps", "4"], "gfbs_params0.25_steps4_seed1"),
+        (["--p", "0.5", "--from_scratch"], "gfbs_p0.5_scratch_seed1"),
+        (["--w_beta", "0.1", "--cosine"], "gfbs_p0.7_seed1_cosine_wbeta0.1"),
+        (["--epochs", "40", "--score_seed", "0"], "gfbs_p0.7_seed1_epochs40_scoreseed0"),
+        (["--mean", "0.5,0.5,0.5", "--std", "1,1,1"], "gfbs_p0.7_seed1_mean0.5,0.5,0.5_std1,1,1"),
+        (["--criterion", "l1", "--scope", "layer"], "l1_p0.7_seed1"),
+        (["--criterion", "l1", "--scope", "global"], "l1_p0.7_seed1_scopeglobal"),
+        (["--criterion", "l1", "--w_beta", "1", "--score_seed", "3"], "l1_p0.7_seed1"),
+        (["--data_dir", "x", "--output", "y", "--device", "cpu"], "gfbs_p0.7_seed1"),
+    ],
+)
+def test_names_of_runs(argv, name):
+    assert experiment_name(argv) == name
+
+
+def experiment_name(argv):
+    from utils.cli import settings
+
+    return settings.run_name(gfbs_cifar.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--smooth", "--steps", "3"], "--steps: not allowed with argument --smooth"),
+        (["--from_scratch", "--steps", "3"], "--steps: not allowed with argument --from_scratch"),
+        (["--p", "0.5", "--macs", "0.5"], "--macs: not allowed with argument --p"),
+        (["--macs", "0"], "--macs: '0' is not a share in (0, 1]"),
+        (["--params", "1.5"], "--params"),
+        (["--round_to", "0"], "--round_to"),
+        (["--steps", "0"], "--steps"),
+        (["--step_epochs", "3"], "--step_epochs goes with --steps"),
+        (["--smooth_epochs", "0"], "--smooth_epochs goes with --smooth"),
+        (["--final_epochs", "3"], "--final_epochs goes with --smooth"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
+        (["--mean", "0.5,0.5,0.5"], "--mean and --std go together"),
+        (["--mean", "1,2,3", "--std", "1,1,1"], "is not three numbers from 0 to 1"),
+        (["--mean", "0,0,0", "--std", "0,1,1"], "--std"),
+        (["--from_scratch", "--epochs", "0"], "--from_scratch needs --epochs of at least 1"),
+        (["--holdout", "-1"], "--holdout"),
+    ],
+)
+def test_flags_that_make_no_sense(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        gfbs_cifar.parse_args(argv)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_one_warning(trained, capsys):
+    gfbs_cifar.parse_args(["--criterion", "slimming", "--w_beta", "1", "--score_seed", "3"])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--w_beta and --score_seed: without effect" in shown
+    with pytest.raises(SystemExit):
+        gfbs_imagenet.parse_args(["--data_dir", "x", "--warmup_epochs", "3"])
+    assert "--warmup_epochs goes with --sched cosine" in capsys.readouterr().err
+    result = run_gfbs("--min_channels", "1000", "--epochs", "0")
+    assert result["config"]["min_channels"] == 64 and result["ratio"]["reached"] == 0
+    assert "no group has more than 64 channels" in capsys.readouterr().err

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from socket import gethostname
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    files,
-    make_folder,
-    one_run,
-    random_model,
-    run_gfbs,
-    run_train,
-    same_weights,
-    snapshot,
-)
+from helpers import make_folder, one_run, run_gfbs, run_train, same_weights, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gfbs_cifar
-from utils import files as files_module
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import settings
 from utils.distributed import Runtime
-from utils.errors import InputError, Interrupted, RunError
-from utils.files import write_atomically
+from utils.errors import InputError
 from utils.run.callbacks import RunCallback
 from utils.run.existing import RunSettings, differences
 from utils.run.folder import RunFolder
@@ -402,216 +385,6 @@ def _saved(state):
     return file
 
 
-# Signals
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
-    run_train("--epochs", "3", "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        call, seen = RunCallback.after_batch, []
-
-        def interrupted(self, batch, state):
-            seen.append(batch)
-            if len(seen) == 4:
-                os.kill(os.getpid(), signum)
-            call(self, batch, state)
-
-        patch.setattr(RunCallback, "after_batch", interrupted)
-        with pytest.raises(Interrupted) as stop:
-            run_train("--epochs", "3", "--output", "broken")
-    assert stop.value.signum == signum and stop.value.resume_with.endswith(" --resume")
-    assert len(seen) == 4
-    training = load_checkpoint("broken/gateresnet20_folder/last.pth").meta["training"]
-    assert (training["epoch"], training["batch"]) == (1, 1)
-    run_train("--epochs", "3", "--output", "broken", "--resume")
-    name = "gateresnet20_folder/last.pth"
-    assert same_weights(f"whole/{name}", f"broken/{name}")
-
-
-def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):
-    run_train("--epochs", "2", "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        call = RunCallback.while_evaluating
-
-        def interrupted(self, state):
-            os.kill(os.getpid(), signal.SIGTERM)
-            call(self, state)
-
-        patch.setattr(RunCallback, "while_evaluating", interrupted)
-        with pytest.raises(Interrupted):
-            run_train("--epochs", "2", "--output", "broken")
-    name = "gateresnet20_folder/last.pth"
-    training = load_checkpoint(f"broken/{name}").meta["training"]
-    assert (training["epoch"], training["batch"]) == (0, 3)
-    run_train("--epochs", "2", "--output", "broken", "--resume")
-    assert same_weights(f"whole/{name}", f"broken/{name}")
-
-
-def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):
-    save_checkpoint("c.pth", random_model("resnet18", 2))
-    Path("images/test").rename("images/val")
-    command = [
-        sys.executable,
-        ROOT / "gfbs_imagenet.py",
-        "--net",
-        "resnet18",
-        "--checkpoint",
-        "c.pth",
-    ]
-    command += ["--data_dir", "images", "--image_size", "32", "--train_bs", "4", "--workers", "2"]
-    running = subprocess.Popen(
-        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    last = Path("checkpoints/resnet18/gfbs_p0.4_seed1_imagesize32_trainbs4/last.pth")
-    while not last.exists() and running.poll() is None:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGTERM)
-    _, shown = running.communicate(timeout=100)
-    assert running.returncode == 143, shown
-    assert "Traceback" not in shown and "continue with: " in shown
-    load_checkpoint(last)
-
-
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_exit_code_names_the_signal(tmp_path, signum, code):
-    command = [sys.executable, ROOT / "train.py", "--net", "gateresnet20", "--dataset", "synthetic"]
-    running = subprocess.Popen(
-        [*command, "--device", "cpu", "--checkpoint_every", "1", "--bs", "16"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    last = tmp_path / "checkpoints" / "gateresnet20_synthetic" / "last.pth"
-    while not last.exists() and running.poll() is None:
-        time.sleep(0.05)
-    running.send_signal(signum)
-    _, shown = running.communicate(timeout=100)
-    assert running.returncode == code
-    assert "continue with: " in shown and shown.rstrip().endswith("--resume")
-    assert "Traceback" not in shown
-    load_checkpoint(last)
-
-
-# Disks
-
-
-def full_disk(file):
-    file.write(b"half")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(place, monkeypatch):
-    run_train("--epochs", "2", "--output", "whole")
-    original = files_module.write_atomically
-    with pytest.MonkeyPatch.context() as patch:
-        count = [0]
-
-        def fills_up(path, write, **options):
-            count[0] += Path(path).name == "last.pth"
-            original(path, full_disk if count[0] == 2 else write, **options)
-
-        patch.setattr("utils.checkpoint.write_atomically", fills_up)
-        with pytest.raises(
-            RunError, match="No space left on device.*continue with --resume"
-        ) as error:
-            run_train("--epochs", "2", "--output", "full")
-    assert "\n" not in str(error.value)
-    folder = Path("full/gateresnet20_folder")
-    assert load_checkpoint(folder / "last.pth").meta["training"]["epoch"] == 1
-    assert not list(folder.glob(".*"))
-    run_train("--epochs", "2", "--output", "full", "--resume")
-    assert same_weights(folder / "last.pth", "whole/gateresnet20_folder/last.pth")
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
-    path, previous = tmp_path / "last.pth", tmp_path / "last_previous.pth"
-    path.write_text("old")
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, full_disk, previous=previous)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-    write_atomically(path, lambda file: file.write(b"new"), previous=previous)
-    assert (path.read_text(), previous.read_text()) == ("new", "old")
-    write_atomically(path, lambda file: file.write(b"newer"), previous=previous)
-    assert (path.read_text(), previous.read_text()) == ("newer", "new")
-
-
-@pytest.mark.parametrize("flag", ["--output", "--logdir"])
-def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
-    Path("file").write_text("in the way")
-    with pytest.raises(InputError, match=f"file.*cannot be written .*see {flag}"):
-        run_train(flag, "file")
-    run_train("--output", "good")
-    before = files(Path("good/gateresnet20_folder"))
-    with pytest.raises(InputError, match="cannot be written"):
-        run_train("--output", "good", "--logdir", "file", "--lr", "0.3", "--overwrite")
-    assert files(Path("good/gateresnet20_folder")) == before
-
-
-# Two runs, one folder
-
-
-OWNER = """
-import os, subprocess, sys, time
-from pathlib import Path
-from utils.run.lock import locked
-with locked(Path(sys.argv[1])):
-    if os.fork():
-        sleep = "import time; time.sleep(100)"
-        subprocess.Popen([sys.executable, "-c", sleep], stdout=-3, stderr=-3)
-        print("locked", flush=True)
-    time.sleep(100)
-"""
-
-
-@pytest.fixture
-def owner(trained):
-    """A process that has the folder, with a fork and a child that outlive it."""
-    argv = [sys.executable, "-c", OWNER, str(trained)]
-    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(argv, cwd=ROOT, **options) as process:
-        try:
-            assert process.stdout.readline() == "locked\n"
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
-    (trained / "result.json").unlink()  # an unfinished run
-    before = snapshot(trained)
-    for _ in range(2):  # the refused one leaves the owner's name
-        with pytest.raises(InputError, match=f"in use by process {owner.pid} on {gethostname()};"):
-            run_train("--resume")
-    assert snapshot(trained) == before
-    owner.kill()
-    owner.wait()
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 5)  # its fork may just have begun
-    run_train("--resume")
-    assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_a_folder_is_waited_for(trained, owner):
-    (trained / "result.json").unlink()
-    threading.Timer(0.3, owner.kill).start()
-    run_train("--resume")
-
-
-@pytest.mark.parametrize("left", ["", "no json", '{"pid": 1, "host": "elsewhere"}'])
-def test_a_file_alone_blocks_nobody(trained, left, monkeypatch):
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
-    (trained / "lock").write_text(left)
-    run_train("--resume")
-
-
-def test_a_file_system_without_locks_is_named(place, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(InputError, match="file system without locks .No locks available.*--output"):
-        run_train()
-
-
 # Kill -9
 
 
@@ -624,12 +397,3 @@ def test_killed_it_ends_with_the_same_bits(kills, ranks):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"killed {kills} times (seed 0): the same bits" in done.stdout
-
-
-def test_poisoned_weights_are_told_of_when_the_baseline_is_measured(place):
-    model = random_model("gateresnet20", 2)
-    model.layer1[0].bn1.bias.data[2] = float("nan")
-    save_checkpoint("poisoned.pth", model)
-    with pytest.raises(InputError, match=r"poisoned\.pth: layer1\.0\.bn1\.bias is not finite"):
-        run_gfbs("--checkpoint", "poisoned.pth")
-    assert not list(place.rglob("result.json")) and not list(place.rglob("plan.json"))
