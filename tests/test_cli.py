@@ -19,6 +19,7 @@ import train
 from tools import export
 from utils.checkpoint import save_checkpoint
 from utils.cli.parser import run_script
+from utils.data.small import load_data
 
 LONG = "x" * 300
 
@@ -29,6 +30,7 @@ def ground():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_folder(folder / "images", images=2, size=(16, 16))
+        load_data("folder", folder / "images")  # imports what nobody cannot import later
         save_checkpoint(folder / "c.pth", random_model("gateresnet20", 2), image_size=16)
         state = torchvision.models.resnet18(num_classes=2).state_dict()
         torch.save(state, folder / "r.pth")
@@ -40,8 +42,6 @@ def ground():
 @pytest.fixture
 def nobody(ground, monkeypatch):
     """The working folder of a user who is not root."""
-    import multiprocessing.queues  # noqa: F401 (later, this user may not read Python's own files)
-
     monkeypatch.chdir(ground)
     me = os.geteuid()
     if me == 0:
