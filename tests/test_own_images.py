@@ -103,25 +103,26 @@ def test_a_run_with_a_new_head_continues_to_the_same_bits(place):
     class Killed(BaseException):
         pass
 
-    whole = run("--checkpoint_every", "1", "--output", "whole")
-    for moment in (1, 4, 5):  # of two batches an epoch, two epochs of the head and one more
+    every = ["--checkpoint_every", "1"]
+    whole = run(*every, "--output", "whole")
+    for batches in (1, 3, 1):  # of two batches an epoch: two epochs of the head, and one more
         call, seen = RunCallback.after_batch, []
 
-        def dies(self, *args, call=call, seen=seen, moment=moment):
+        def dies(self, *args, call=call, seen=seen, batches=batches):
             call(self, *args)
             seen.append(args)
-            if len(seen) == moment:
+            if len(seen) == batches:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunCallback, "after_batch", dies)
             with pytest.raises(Killed):
-                run("--checkpoint_every", "1", "--output", str(moment))
-        resumed = run("--checkpoint_every", "1", "--output", str(moment), "--resume")
-        folders = [one_run(f"{name}/resnet18", "gfbs_macs0.6_seed1") for name in ("whole", moment)]
-        for name in ("pruned.pth", "last.pth", "model_best.pth"):
-            assert same_weights(*(folder / name for folder in folders)), (moment, name)
-        assert resumed["accuracy"] == whole["accuracy"]
+                run(*every, "--output", "broken", "--resume")
+    resumed = run(*every, "--output", "broken", "--resume")
+    folders = [one_run(f"{name}/resnet18", "gfbs_macs0.6_seed1") for name in ("whole", "broken")]
+    for name in ("pruned.pth", "last.pth", "model_best.pth"):
+        assert same_weights(*(folder / name for folder in folders)), name
+    assert resumed["accuracy"] == whole["accuracy"]
 
 
 def test_what_is_frozen_does_not_change_and_can_be_trained_again():
