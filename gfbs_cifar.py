@@ -155,10 +155,16 @@ def prune_and_fine_tune(
     trainable = head_alone(model) if this.head else nullcontext()
     with trainable, run.signals.deferred():  # a signal stops after the batch; the state is saved
         fit(
-            model, data.train, data.choosing, this.recipe, runtime,
-            callback=callback, resume=state.training, first_epoch=state.epochs_before,
+            model,
+            data.train,
+            data.choosing,
+            this.recipe,
+            runtime,
+            callback=callback,
+            resume=state.training,
+            first_epoch=state.epochs_before,
             teacher=teacher,
-        )  # fmt: skip
+        )
     state.training = None
 
 
@@ -172,10 +178,14 @@ def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str
             nothing = f"{state.model.net} has no blocks whose activations can be recomputed"
             run.log(f"{nothing}; a lower --score_images saves memory, but gives other scores")
     saliency = channel_saliency(
-        state.model, images, labels, criterion=how.criterion, w_beta=how.w_beta,
+        state.model,
+        images,
+        labels,
+        criterion=how.criterion,
+        w_beta=how.w_beta,
         checkpoint_activations=how.recompute,
         generator=random_stream(how.random_seed, SCORING, state.round + 1),
-    )  # fmt: skip
+    )
     run.board.draw_saliency(saliency, len(state.record.history))
     return saliency
 

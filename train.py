@@ -71,8 +71,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with run.opened(about.classes):
         state = run.resumed() or RunState(model, settings.new_record(args))
         state.record.cost = vars(cost)
-        run.log(f"{args.net} on {args.dataset}: {data.train.images} training images,"
-                f" {len(about.classes)} classes; {cost}; {runtime}\n{constants}")  # fmt: skip
+        size = f"{data.train.images} training images, {len(about.classes)} classes"
+        run.log(f"{args.net} on {args.dataset}: {size}; {cost}; {runtime}\n{constants}")
         if args.checkpoint:
             run.adopt("model_best.pth")
         run.check_space(state.model)
@@ -81,9 +81,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             restore_files(run, state, callback)
         with run.signals.deferred():
             fit(
-                state.model, data.train, data.choosing, recipe, runtime,
-                callback=callback, resume=state.training,
-            )  # fmt: skip
+                state.model,
+                data.train,
+                data.choosing,
+                recipe,
+                runtime,
+                callback=callback,
+                resume=state.training,
+            )
         measure_end(run, state, data)
         accuracy = state.record.accuracy
         run.log(

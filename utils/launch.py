@@ -71,12 +71,11 @@ def start(command: Sequence[str], ranks: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ[ROOT_CAUSE] = cause = f"{folder}/root_cause"
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0, run_id="gfbs",
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-            logs_specs=DefaultLogsSpecs(folder), shutdown_timeout=PATIENCE,
-            signals_to_handle="SIGQUIT",
-        )  # fmt: skip
+        size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0}
+        meet = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+        end = {"shutdown_timeout": PATIENCE, "signals_to_handle": "SIGQUIT"}
+        logs = {"run_id": "gfbs", "logs_specs": DefaultLogsSpecs(folder)}
+        config = LaunchConfig(**size, **meet, **end, **logs)
         try:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, stop)

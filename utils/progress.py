@@ -32,9 +32,10 @@ def progress(
     if os.environ.get("RANK", "0") != "0":
         yield from items
         return
-    terminal, layout = sys.stderr.isatty(), "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left"
-    bar = tqdm(items, title, total, leave=False, dynamic_ncols=True, disable=not terminal,
-               initial=done, bar_format=layout + "{postfix}")  # fmt: skip
+    terminal = sys.stderr.isatty()
+    layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+    look = {"leave": False, "dynamic_ncols": True, "disable": not terminal, "bar_format": layout}
+    bar = tqdm(items, title, total, initial=done, **look)
     with bar:
         shown = began = time.perf_counter()
         for number, item in enumerate(bar, start=done + 1):

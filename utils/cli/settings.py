@@ -215,11 +215,10 @@ def warn(text: str) -> None:
 
 # Flags that say where and how a run computes, not what. Runs that differ only in these are the
 # same experiment.
-NO_CONFIGURATION = {
-    "checkpoint", "checkpoint_activations", "checkpoint_every", "config", "data_dir",
-    "data_parallel", "defaults", "deterministic", "device", "gpu", "logdir", "output", "overwrite",
-    "processes", "resume", "skip_finished", "workers",
-}  # fmt: skip
+NO_CONFIGURATION = {"checkpoint", "checkpoint_activations", "checkpoint_every", "config"}
+NO_CONFIGURATION |= {"data_dir", "data_parallel", "defaults", "deterministic", "device", "gpu"}
+NO_CONFIGURATION |= {"logdir", "output", "overwrite", "processes", "resume", "skip_finished"}
+NO_CONFIGURATION |= {"workers"}
 
 
 def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any]:

@@ -143,10 +143,9 @@ def read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     # longer to start than it takes to read a few images.
     workers = min(os.cpu_count() or 1, len(samples) // IMAGES_A_WORKER)
     parts = [part.tolist() for part in torch.arange(len(samples)).split(100)]
-    loader = DataLoader(
-        _Squares(samples, image_size), batch_size=None, sampler=parts, num_workers=workers,
-        worker_init_fn=start_worker, generator=torch.Generator(),
-    )  # fmt: skip
+    processes = {"num_workers": workers, "worker_init_fn": start_worker}
+    squares, stream = _Squares(samples, image_size), torch.Generator()
+    loader = DataLoader(squares, None, sampler=parts, generator=stream, **processes)
 
     def fill() -> Iterator[list[int]]:
         for part, (squares, sizes) in zip(parts, loader, strict=True):
