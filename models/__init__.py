@@ -6,13 +6,30 @@ from functools import partial
 
 from models.densenet import GateDenseNet
 from models.gate import Gate
-from models.groups import ChannelGroup, GatedModel
+from models.gated import GatedModel
+from models.groups import ChannelGroup, replace_head, reset_parameters, structure
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet
+from models.trace import channel_groups, group_widths, trace
 from models.vgg import GateVGG
 
-__all__ = ["ChannelGroup", "Gate", "GatedModel", "NETWORKS", "build_model", "check_network"]
+__all__ = [
+    "ALIASES",
+    "IMAGENET_NETWORKS",
+    "NETWORKS",
+    "ChannelGroup",
+    "Gate",
+    "GatedModel",
+    "build_model",
+    "channel_groups",
+    "check_network",
+    "group_widths",
+    "replace_head",
+    "reset_parameters",
+    "structure",
+    "trace",
+]
 
 # Name -> callable that takes num_classes and returns a GatedModel. A new network is one more line.
 NETWORKS: dict[str, Callable[..., GatedModel]] = {
@@ -57,6 +74,5 @@ def build_model(net: str, num_classes: int | None = None) -> GatedModel:
     model = NETWORKS[name]() if fixed is None else NETWORKS[name](num_classes=fixed)
     if not isinstance(model, GatedModel):
         raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
-    model.head_layer()
-    model.net = name
+    model.structure.net = name
     return model

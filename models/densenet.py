@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.gate import Gate
-from models.groups import ChannelGroup, GatedModel
+from models.gated import GatedModel
 from models.layers import ChannelSelector
 
 BLOCKS = (1, 2, 3)
@@ -106,17 +106,6 @@ class GateDenseNet(GatedModel):
         x = self.block3(self.trans2(self.block2(x)))
         x = F.relu(self.gate1(self.bn1(self.select(x))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-    def _channel_groups(self) -> Iterator[ChannelGroup]:
-        modules = dict(self.named_modules())
-        for selector in [n for n, m in modules.items() if isinstance(m, ChannelSelector)]:
-            at = selector.removesuffix("select")
-            norm, gate, reader = f"{at}bn1", f"{at}gate1", f"{at}conv1" if at else self.head
-            # No convolution makes these channels for this reader alone: its own inputs score them.
-            yield ChannelGroup(gate, [gate], [norm], [selector, norm, gate], [reader], [reader])
-            if f"{at}gate2" in modules:
-                gates, norms, convs = [f"{at}gate2"], [f"{at}bn2"], [f"{at}conv1"]
-                yield ChannelGroup.around(gates, norms, convs, inputs=[f"{at}conv2"])
 
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """The outputs that some selector still reads, and the inputs that selectors then get.

@@ -1,12 +1,9 @@
 """Gated MobileNetV2 (Sandler et al., CVPR 2018), for CIFAR: 32x32 pixels become 4x4."""
 
-from collections.abc import Iterator
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.gate import Gate
-from models.groups import ChannelGroup
 from models.residual import ResidualBlock, ResidualModel, add_layer
 
 # Expansion, width, blocks, stride of the first block.
@@ -29,9 +26,6 @@ class InvertedResidual(ResidualBlock):
     the width stays, a 1x1 convolution and a norm if it changes, and None in a block of stride 2.
     """
 
-    depth = 3
-    coupled = True
-
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
         super().__init__()
         width = expansion * in_channels
@@ -53,17 +47,11 @@ class InvertedResidual(ResidualBlock):
             out = out + self.shortcut(x)
         return self.gate3(out)
 
-    def shortcut_layers(self) -> list[str] | None:
-        if self.shortcut is None:
-            return []
-        return ["shortcut.0", "shortcut.1"] if len(self.shortcut) else None
-
 
 class GateMobileNetV2(ResidualModel):
     """A stem, seventeen blocks (``TABLE``), a 1x1 convolution to 1,280 channels, a classifier."""
 
     head = "linear"
-    last_reader = "conv2"
 
     def __init__(self, num_classes: int = 10):
         super().__init__(num_classes)
@@ -84,7 +72,3 @@ class GateMobileNetV2(ResidualModel):
         x = F.relu(self.gate1(self.bn1(self.conv1(x))))
         x = F.relu(self.gate2(self.bn2(self.conv2(self.layers(x)))))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-    def _channel_groups(self) -> Iterator[ChannelGroup]:
-        yield from super()._channel_groups()
-        yield ChannelGroup.around(["gate2"], ["bn2"], ["conv2"], [self.head])

@@ -10,8 +10,6 @@ from models.residual import ResidualBlock, ResidualModel, add_layer
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut; the last gate is between the addition and the ReLU."""
 
-    depth = 2
-
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
         add_layer(self, 1, in_channels, channels, 3, stride)
@@ -22,9 +20,6 @@ class BasicBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.gate1(self.bn1(self.conv1(x))))
         return F.relu(self.gate2(self.bn2(self.conv2(out)) + self.shortcut(x)))
-
-    def shortcut_layers(self) -> list[str] | None:
-        return None if isinstance(self.shortcut, nn.Identity) else ["shortcut"]
 
 
 class GateResNetCifar(ResidualModel):

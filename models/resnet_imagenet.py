@@ -42,9 +42,6 @@ class Block(ResidualBlock):
             out, last = self.bn2(self.conv2(out)), self.gate2
         return F.relu(last(out + (x if self.downsample is None else self.downsample(x))))
 
-    def shortcut_layers(self) -> list[str] | None:
-        return None if self.downsample is None else ["downsample.0", "downsample.1"]
-
 
 class ResNetImageNet(ResidualModel):
     """ResNet-18 to -152 with gates."""

@@ -1,11 +1,9 @@
 """Gated VGG (Simonyan and Zisserman, ICLR 2015) for CIFAR: with BatchNorm and one linear layer."""
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 from models.gate import Gate
-from models.groups import ChannelGroup, GatedModel
+from models.gated import GatedModel
 
 WIDTHS = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -38,10 +36,3 @@ class GateVGG(GatedModel):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
-
-    def _channel_groups(self) -> Iterator[ChannelGroup]:
-        convs = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.Conv2d)]
-        readers = [*(f"features.{i}" for i in convs[1:]), self.head]
-        for i, reader in zip(convs, readers, strict=True):
-            conv, norm, gate = (f"features.{i + k}" for k in range(3))
-            yield ChannelGroup.around([gate], [norm], [conv], [reader])

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from models import ChannelGroup, GatedModel
+from models import ChannelGroup, Gate, channel_groups, group_widths
 
 SCOPES = ("global", "layer")
 
@@ -66,16 +67,18 @@ class PruningPlan:
             keep[name] = [keep[name][i] for i in indices] if name in keep else list(indices)
         return PruningPlan(keep)
 
-    def apply_mask(self, model: GatedModel) -> GatedModel:
-        """Zero the gates of all channels that go, in place; outputs are those of ``prune``."""
-        plan = self.shrinking(model.group_widths())
-        for group in model.channel_groups():
-            if keep := plan.keep.get(group.name):
-                for name in group.gates:
-                    gate = model.get_submodule(name).gate
-                    mask = torch.zeros_like(gate)
-                    mask[:, keep] = 1
-                    gate.data.mul_(mask)
+    def apply_mask(self, model: nn.Module) -> nn.Module:
+        """Silence all channels that go, in place; outputs are those of ``prune``.
+
+        Gates are set to 0. Without gates, every layer that makes such a channel gets weights and a
+        bias of 0, and every norm behind it a gamma and a beta of 0.
+        """
+        plan = self.shrinking(group_widths(model))
+        for group in channel_groups(model):
+            if group.name in plan.keep:
+                outputs, _ = group.removed(plan.keep[group.name])
+                for name in group.gates or outputs:
+                    silence(model.get_submodule(name), outputs[name])
         return model
 
     def to_json(self) -> str:
@@ -98,8 +101,8 @@ class PruningPlan:
 class Ranking:
     """All channels of a network, ranked by saliency. It yields plans of any size.
 
-    Each gate of each group has one entry per channel, in module order; there are ``entries`` of
-    them. Of equal scores, the later entry ranks higher.
+    A channel has one entry per gate or, without gates, per place in its first norm; there are
+    ``entries`` of them in all. Of equal scores, the later entry ranks higher.
 
     Args:
         groups: the channel groups of the network.
@@ -132,10 +135,8 @@ class Ranking:
             if not torch.isfinite(saliency[group.name]).all():
                 raise ValueError(f"the saliency of channel group {group.name} is not finite")
         self.groups, self.min_channels, self.round_to = list(groups), min_channels, round_to
-        owners = [group for group in groups for _ in group.gates]
-        places = [place for group in groups for place in group.positions] or range(len(owners))
-        in_order = sorted(zip(places, owners, strict=True), key=lambda pair: pair[0])
-        self._owners = [owner for _, owner in in_order]
+        owners = [(place, group) for group in groups for place in group.entries]
+        self._owners = [group for _, group in sorted(owners, key=lambda pair: pair[0])]
         scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
         self._scores = scores if scope == "global" else {n: _ranks(s) for n, s in scores.items()}
         self._sizes = [len(self._scores[group.name]) for group in self._owners]
@@ -214,3 +215,17 @@ def _ranks(scores: Tensor) -> Tensor:
 def _descending(scores: Tensor) -> Tensor:
     """Indices from the highest score to the lowest; of equal scores the later comes first."""
     return scores.sort(stable=True).indices.flip(0)
+
+
+@torch.no_grad()
+def silence(layer: nn.Module, outputs: Tensor) -> None:
+    """Make these outputs (n,) of a layer 0, in place."""
+    if isinstance(layer, Gate):
+        layer.gate[:, outputs] = 0
+        return
+    weight = layer.weight
+    if isinstance(layer, _ConvTransposeNd):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)  # a view
+    weight[outputs] = 0
+    if getattr(layer, "bias", None) is not None:
+        layer.bias[outputs] = 0

@@ -4,17 +4,17 @@ The method of "Exploring Gradient Flow Based Saliency for DNN Model Compression"
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import ChannelGroup, GatedModel
+from models import ChannelGroup, channel_groups
 from models.gate import folded_gates
 from utils.errors import InputError
 
@@ -23,26 +23,44 @@ from utils.errors import InputError
 class GroupSignals:
     """What a criterion knows of one group with C channels and k norms.
 
+    A value of a norm or a convolution is that of the whole layer, which may have other channels,
+    too: ``rows`` and ``mean`` read it where the channels of the group lie.
+
     Attributes:
-        gamma: scales of the norms (k, C).
-        beta: shifts of the norms (k, C).
-        filters: one matrix (C, weights per channel) for each of the group's ``convs``: the filters
-            that make the channels or, where a convolution only reads them, its input slices.
+        places: per layer, the places (C, n) of the channels in it.
+        gamma: scales of the norms, by layer.
+        beta: shifts of the norms, by layer.
+        filters: one matrix (outputs, weights) for each of the group's ``convs``: the filters that
+            make the channels or, where a convolution only reads them, its input slices.
         random: (C,) uniform in [0, 1); other numbers for every group.
-        gamma_grad: gradients of the loss by gamma (k, C), if ``Criterion.gradients`` is "norms".
-        gate_grad: gradients of the loss by the gates (gates, C), if it is "gates".
+        gamma_grad, beta_grad: gradients of the loss by gamma and beta, if a criterion needs them.
+        gate_grad: gradients of the loss by the gates, if it needs these.
     """
 
-    gamma: Tensor
-    beta: Tensor
-    filters: list[Tensor]
+    places: dict[str, Tensor]
+    gamma: dict[str, Tensor]
+    beta: dict[str, Tensor]
+    filters: dict[str, Tensor]
     random: Tensor
-    gamma_grad: Tensor | None = None
-    gate_grad: Tensor | None = None
+    gamma_grad: dict[str, Tensor]
+    beta_grad: dict[str, Tensor]
+    gate_grad: dict[str, Tensor]
+
+    def rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values of whole layers, by layer -> those of this group, (layers, C)."""
+        return torch.stack([v[self.places[name]].mean(1) for name, v in values.items()])
+
+    def mean(self, values: Mapping[str, Tensor]) -> Tensor:
+        """(C,) the mean over the layers, where each layer is divided by its L2 norm."""
+        return self.rows({name: unit(v) for name, v in values.items()}).mean(0)
+
+    def mean_abs(self, values: Mapping[str, Tensor]) -> Tensor:
+        """(C,) the same of absolute values."""
+        return self.mean({name: v.abs() for name, v in values.items()})
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divide every row of (k, C) by its L2 norm; a row of zeros stays zero."""
+    """Divide by the L2 norm, over the last dimension; a row of zeros stays zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # Squares of the tiny gradients of a very confident network are too small for float32.
     wide = F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
@@ -51,12 +69,12 @@ def unit(x: Tensor) -> Tensor:
 
 def taylor(group: GroupSignals, w_beta: float) -> Tensor:
     """First-order Taylor term of gamma: |gamma| / ||gamma|| * |dL/dgamma| / ||dL/dgamma||."""
-    return unit(group.gamma.abs()).mean(0) * unit(group.gamma_grad.abs()).mean(0)
+    return group.mean_abs(group.gamma) * group.mean_abs(group.gamma_grad)
 
 
 def beta(group: GroupSignals, w_beta: float) -> Tensor:
     """The shift alone, with its sign: w_beta * beta / ||beta||. Far below zero the ReLU is shut."""
-    return w_beta * unit(group.beta).mean(0)
+    return w_beta * group.mean(group.beta)
 
 
 def gfbs(group: GroupSignals, w_beta: float) -> Tensor:
@@ -71,21 +89,27 @@ def slimming(group: GroupSignals, w_beta: float) -> Tensor:
     """|gamma|, compared over all layers without normalisation: Liu et al., "Network Slimming" (ICCV
     2017), section 3. The paper trains with an L1 penalty on gamma first.
     """
-    return group.gamma.abs().mean(0)
+    return group.rows(group.gamma).abs().mean(0)
 
 
 def taylor_fo(group: GroupSignals, w_beta: float) -> Tensor:
     """(dL/dz)^2 of a gate z = 1: Molchanov et al., "Importance Estimation for Neural Network
     Pruning" (CVPR 2019), section 3, the first-order importance (dL/dz * z)^2.
+
+    Without gates, z stands behind each norm: dL/dz = gamma * dL/dgamma + beta * dL/dbeta.
     """
-    return group.gate_grad.square().mean(0)
+    gates = group.gate_grad or {
+        norm: gamma * group.gamma_grad[norm] + group.beta[norm] * group.beta_grad[norm]
+        for norm, gamma in group.gamma.items()
+    }
+    return group.rows(gates).square().mean(0)
 
 
 def l1(group: GroupSignals, w_beta: float) -> Tensor:
     """sum |w| over each filter: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017),
     section 3.1. Unlike the paper, we divide each layer by its L2 norm, to compare layers.
     """
-    return unit(torch.stack([filters.abs().sum(1) for filters in group.filters])).mean(0)
+    return group.mean({conv: filters.abs().sum(1) for conv, filters in group.filters.items()})
 
 
 def fpgm(group: GroupSignals, w_beta: float) -> Tensor:
@@ -94,8 +118,9 @@ def fpgm(group: GroupSignals, w_beta: float) -> Tensor:
     We divide each layer by its L2 norm.
     """
     exact = "donot_use_mm_for_euclid_dist"  # with mm, two equal filters are not at distance 0
-    distances = [torch.cdist(f, f, compute_mode=exact).sum(1) for f in group.filters]
-    return unit(torch.stack(distances)).mean(0)
+    return group.mean(
+        {n: torch.cdist(f, f, compute_mode=exact).sum(1) for n, f in group.filters.items()}
+    )
 
 
 def random(group: GroupSignals, w_beta: float) -> Tensor:
@@ -153,12 +178,13 @@ class Scoring:
 
 
 def channel_saliency(
-    model: GatedModel,
+    model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Any,
     *,
     criterion: str = "gfbs",
     w_beta: float = 0.05,
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
     checkpoint_activations: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
@@ -168,11 +194,13 @@ def channel_saliency(
     the random state do not change.
 
     Args:
-        model: a gated network, not wrapped for several devices.
-        images: (B, 3, H, W), normalised, on the model's device.
-        labels: (B,) class indices.
+        model: a gated network, or one that ``models.trace.trace`` has seen; not wrapped for several
+            devices.
+        images: the input (B, ...) of the network, on the model's device; usually (B, 3, H, W).
+        labels: what ``loss`` compares the output with; usually (B,) class indices.
         criterion: a name in ``CRITERIA``.
         w_beta: weight of the beta term.
+        loss: ``loss(model(images), labels)`` is a scalar.
         checkpoint_activations: recompute the activations inside ``checkpoint_blocks`` in the
             backward pass: less memory, the same scores.
         generator: CPU generator for the criterion ``random``; default: one with seed 0.
@@ -184,9 +212,16 @@ def channel_saliency(
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     generator = generator or torch.Generator().manual_seed(0)
     score, kind = CRITERIA[criterion].score, CRITERIA[criterion].gradients
-    gradients = _gradients(model, images, labels, kind, checkpoint_activations) if kind else {}
+    groups, gradients = channel_groups(model), {}
+    if kind:
+        watched = [name for group in groups for name in _watched(group, kind)]
+
+        def loss_of(network: nn.Module) -> Tensor:
+            return loss(network(images), labels)
+
+        gradients = _gradients(model, loss_of, watched, checkpoint_activations, images.device)
     saliency = {}
-    for group in model.channel_groups():
+    for group in groups:
         scores = score(_signals(model, group, gradients, generator), w_beta).cpu()
         if not torch.isfinite(scores).all():
             wrong = f"the {criterion} saliency of channel group {group.name} is not finite"
@@ -196,41 +231,67 @@ def channel_saliency(
     return saliency
 
 
+def _watched(group: ChannelGroup, kind: str) -> list[str]:
+    """The names of the parameters whose gradients a criterion needs."""
+    if kind == "gates" and group.gates:
+        return [f"{name}.gate" for name in group.gates]
+    parameters = ("weight", "bias") if kind == "gates" else ("weight",)
+    return [f"{name}.{parameter}" for parameter in parameters for name in group.norms]
+
+
 def _gradients(
-    model: GatedModel, images: Tensor, labels: Tensor, kind: str, recompute: bool
+    model: nn.Module,
+    loss_of: Callable[[nn.Module], Tensor],
+    names: Iterable[str],
+    recompute: bool,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Gradients (C,) of the cross-entropy by gamma or by the gates, by the layer's name."""
+    """Gradients (C,) of the loss by gamma, beta or the gates, by the parameter's name."""
     # A copy, as train mode changes running statistics; it shares the weights, to save memory.
     model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).train()
-    names = [name for group in model.channel_groups() for name in getattr(group, kind)]
-    parameter, watched = "weight" if kind == "norms" else "gate", []
-    for layer in map(model.get_submodule, names):
-        watched.append(nn.Parameter(getattr(layer, parameter).detach()))
-        setattr(layer, parameter, watched[-1])
+    watched = {}
+    for name in names:
+        layer, _, parameter = name.rpartition(".")
+        if name not in watched:  # norms of a network without gates are in several groups
+            layer = model.get_submodule(layer)
+            watched[name] = nn.Parameter(getattr(layer, parameter).detach())
+            setattr(layer, parameter, watched[name])
     for block in model.checkpoint_blocks() if recompute else []:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    devices = [images.device] if images.is_cuda else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), folded_gates(model):
-        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), watched)
-    return {name: grad.flatten() for name, grad in zip(names, gradients, strict=True)}
+        # A norm may lie on a branch that the loss does not see: then its gradient is 0.
+        gradients = torch.autograd.grad(
+            loss_of(model), list(watched.values()), allow_unused=True, materialize_grads=True
+        )
+    return {name: grad.flatten() for name, grad in zip(watched, gradients, strict=True)}
 
 
 def _signals(
-    model: GatedModel, group: ChannelGroup, gradients: dict[str, Tensor], generator: torch.Generator
+    model: nn.Module, group: ChannelGroup, gradients: dict[str, Tensor], generator: torch.Generator
 ) -> GroupSignals:
-    def stack(tensors: list[Tensor]) -> Tensor | None:
-        return torch.stack(tensors).detach().cpu() if tensors else None
+    def read(layers: Iterable[str], parameter: str) -> dict[str, Tensor]:
+        found = {name: getattr(model.get_submodule(name), parameter) for name in layers}
+        return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
-    norms = [model.get_submodule(name) for name in group.norms]
-    filters = []
+    def gradient(layers: Iterable[str], parameter: str) -> dict[str, Tensor]:
+        names = {n: f"{n}.{parameter}" for n in layers if f"{n}.{parameter}" in gradients}
+        return {name: gradients[key].detach().cpu() for name, key in names.items()}
+
+    filters = {}
     for name in group.convs:
-        weight = model.get_submodule(name).weight.detach()
-        filters.append((weight if name in group.outputs else weight.transpose(0, 1)).flatten(1))
+        conv = model.get_submodule(name)
+        by_input = (name not in group.outputs) != getattr(conv, "transposed", False)
+        weight = conv.weight.detach()
+        filters[name] = (weight.transpose(0, 1) if by_input else weight).flatten(1).cpu()
+    sides = {**group.inputs, **group.outputs}
     return GroupSignals(
-        gamma=stack([norm.weight for norm in norms]),
-        beta=stack([norm.bias for norm in norms]),
+        places={name: sides[name] for name in (*group.gates, *group.norms, *group.convs)},
+        gamma=read(group.norms, "weight"),
+        beta=read(group.norms, "bias"),
         filters=filters,
-        random=torch.rand(norms[0].num_features, generator=generator),
-        gamma_grad=stack([gradients[name] for name in group.norms if name in gradients]),
-        gate_grad=stack([gradients[name] for name in group.gates if name in gradients]),
+        random=torch.rand(group.width, generator=generator),
+        gamma_grad=gradient(group.norms, "weight"),
+        beta_grad=gradient(group.norms, "bias"),
+        gate_grad=gradient(group.gates, "gate"),
     )
