@@ -96,13 +96,11 @@ def read_groups(
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` without values, and without memory for them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
-    memo |= {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
+    """A copy of ``model`` in float32, without values and without memory for them."""
+    memo: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for weight in model.parameters():
+        memo[id(weight)] = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+    return copy.deepcopy(model, memo).float()
 
 
 def _groups(walk: Walk, modules: dict[str, nn.Module]) -> tuple[ChannelGroup, ...]:
