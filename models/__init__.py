@@ -1,8 +1,12 @@
-"""The gated networks, by name."""
+"""Networks, by name."""
 
 import difflib
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+
+import torch
+from torch import nn
 
 from models.densenet import GateDenseNet
 from models.gate import Gate
@@ -24,6 +28,7 @@ __all__ = [
     "build_model",
     "channel_groups",
     "check_network",
+    "construct",
     "group_widths",
     "replace_head",
     "reset_parameters",
@@ -47,32 +52,75 @@ IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
 ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("gateresnet56", 100)}
 
 
-def check_network(net: str, known: Sequence[str] | None = None) -> str:
-    """Return ``net`` if it is in ``known`` (default: all names).
+# Networks of torchvision whose auxiliary classifiers we leave out.
+AUXILIARY = ("googlenet", "inception_v3")
 
-    Raises ValueError, with the most similar names, if it is not.
+
+def torchvision_networks() -> list[str]:
+    """The names of torchvision's classifiers."""
+    import torchvision.models  # here, because it takes seconds
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def check_network(net: str, known: Sequence[str] | None = None) -> str:
+    """Return ``net`` if it is in ``known`` (default: all our names), torchvision's, or a factory.
+
+    Raises ValueError, with the most similar names, if it is none of them.
     """
     known = [*NETWORKS, *ALIASES] if known is None else known
-    if net not in known:
-        near = difflib.get_close_matches(net, known, n=3, cutoff=0.5)
+    if net in known or ":" in net:
+        return net
+    theirs = torchvision_networks()
+    if net in NETWORKS or net in ALIASES or net not in theirs:
+        near = difflib.get_close_matches(net, [*known, *theirs], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"unknown network {net!r}; {hint}")
     return net
 
 
-def build_model(net: str, num_classes: int | None = None) -> GatedModel:
-    """The network ``net`` of ``NETWORKS`` or ``ALIASES`` with fresh weights.
-
-    The default of ``num_classes`` is 100 for an alias, else that of the network.
-
-    Raises ValueError if the name is unknown, or if an alias gets another number than 100;
-    TypeError if the network breaks the contract of ``GatedModel``.
-    """
+def construct(net: str, num_classes: int | None = None) -> nn.Module:
+    """A network by its name, with fresh weights; see ``build_model``. It is not traced yet."""
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):
         raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {name} takes any number")
-    model = NETWORKS[name]() if fixed is None else NETWORKS[name](num_classes=fixed)
-    if not isinstance(model, GatedModel):
-        raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
-    model.structure.net = name
-    return model
+    options = {} if fixed is None else {"num_classes": fixed}
+    if name in NETWORKS:
+        model = NETWORKS[name](**options)
+        if not isinstance(model, GatedModel):
+            raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
+        model.head_layer()
+        model.structure.net = name
+        return model
+    if ":" in name:
+        return _factory(name)(**options)
+    import torchvision.models
+
+    without = dict.fromkeys(("aux_logits", "init_weights"), False) if name in AUXILIARY else {}
+    return torchvision.models.get_model(name, weights=None, **without, **options)
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"network {name!r}: {error}; is it on PYTHONPATH?") from error
+
+
+def build_model(net: str, num_classes: int | None = None, image_size: int = 224) -> nn.Module:
+    """A network with fresh weights, whose channel groups are known.
+
+    Args:
+        net: a name of ``NETWORKS`` or ``ALIASES``; a classifier of torchvision that has BatchNorm;
+            or ``package.module:factory``, where ``factory(num_classes=...)`` returns a network.
+        num_classes: default: 100 for an alias, else what the network has.
+        image_size: side of the images that a network without gates is traced with.
+
+    Raises ValueError if the name is unknown, if an alias gets another number than 100, or if the
+    network cannot be pruned; TypeError if a gated network breaks the contract of ``GatedModel``.
+    """
+    model = construct(net, num_classes)
+    if isinstance(model, GatedModel):
+        return model
+    return trace(model, torch.empty(1, 3, image_size, image_size), net)

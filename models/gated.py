@@ -44,6 +44,14 @@ class GatedModel(nn.Module):
     def kept(self) -> dict[str, list[int]]:
         return self.structure.kept
 
+    def head_layer(self) -> nn.Module:
+        """The classifier. Raises TypeError if ``head`` does not name a layer of the network."""
+        layer = dict(self.named_modules()).get(self.head)
+        if layer in (None, self):
+            network = type(self).__name__
+            raise TypeError(f"{network}.head must name its classifier; no layer is {self.head!r}")
+        return layer
+
     def channel_groups(self) -> list[ChannelGroup]:
         """All channel groups as they are now, in forward order.
 

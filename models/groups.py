@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Places = Mapping[str, Tensor]
+SIDES = ("outputs", "inputs")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,23 @@ class ChannelGroup:
     def width(self) -> int:
         """The number of channels."""
         return len(self.outputs[self.norms[0]])
+
+    def as_plain(self) -> dict[str, Any]:
+        """For a checkpoint: plain values, and all places in one tensor."""
+        sides = {s: {n: p.shape[1] for n, p in getattr(self, s).items()} for s in SIDES}
+        places = torch.cat([*self.outputs.values(), *self.inputs.values()], 1).int()
+        return {**vars(self), **sides, "places": places}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ChannelGroup:
+        """The inverse of ``as_plain``."""
+        fields = dict(plain)
+        places = fields.pop("places").long()
+        counts = [count for side in SIDES for count in fields[side].values()]
+        parts = iter(places.split(counts, 1))
+        for side in SIDES:
+            fields[side] = {name: next(parts) for name in fields[side]}
+        return cls(**fields)
 
     def removed(self, keep: Sequence[int]) -> tuple[Places, Places]:
         """The outputs and the inputs (n,) of each layer that go if only ``keep`` stays."""

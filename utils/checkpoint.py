@@ -4,7 +4,8 @@ A checkpoint of ours is a dict of plain values and tensors, which ``torch.load``
 ``weights_only=True``:
 
     format      "gfbs/1"
-    network     net, num_classes, kept: with these, ``build_model`` and ``prune`` rebuild the shapes
+    network     net, num_classes, kept: with these, ``construct`` and ``prune`` rebuild the shapes;
+                of a traced network also head, groups, notes, so that it is not traced again
     state_dict  the weights, with the names of the unpruned network and no prefix of a wrapper
     sha256      checksum of all other entries, because torch does not notice a flipped bit
     ...         metadata: dataset, classes, normalisation, image_size, accuracy, epoch, ...
@@ -22,9 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, GatedModel, build_model, check_network
+from models import (
+    ALIASES,
+    IMAGENET_NETWORKS,
+    NETWORKS,
+    ChannelGroup,
+    GatedModel,
+    build_model,
+    check_network,
+    construct,
+    structure,
+)
+from models.groups import Structure
 from utils.data.metadata import FORMAT, check_entries, check_format
 from utils.errors import InputError
 from utils.files import read_tensors, write_atomically
@@ -54,7 +66,11 @@ def save_checkpoint(
 
     The file is replaced as a whole. With ``previous``, the old file is kept under that name.
     """
-    network = {"net": model.net, "num_classes": model.num_classes, "kept": model.kept}
+    known = structure(model)
+    network = {"net": known.net, "num_classes": known.num_classes, "kept": known.kept}
+    if not isinstance(model, GatedModel):
+        groups = [group.as_plain() for group in known.groups]
+        network |= {"head": known.head, "notes": known.notes, "groups": groups}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "network": network, "state_dict": state, **meta}
     content["sha256"] = checksum(content)
@@ -91,9 +107,9 @@ def checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | Path) -> GatedModel:
+def load_model(path: str | Path, net: str | None = None) -> nn.Module:
     """The network of a checkpoint, on the CPU; see ``load_checkpoint``."""
-    return load_checkpoint(path).model
+    return load_checkpoint(path, net).model
 
 
 def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
@@ -102,7 +118,8 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
     In files of other programs the state dict may be bare, or wrapped in ``net``, ``state_dict`` or
     ``model``. Its names may begin with ``module.``, and gates may be missing. The network and the
     number of classes are inferred from names and shapes. ``net`` is the network or alias that the
-    file must hold; None for any.
+    file must hold; None for any. A network ``package.module:factory`` must be named here: no file
+    decides which code is imported.
 
     Raises InputError, with the path, if the file is missing, unsafe to load, damaged, or of another
     network, or if a weight or a running statistic is not finite.
@@ -143,6 +160,10 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     network, state = content["network"], _finite(content["state_dict"])
     name, num_classes = network["net"], network["num_classes"]
     _check_expected(name, net)
+    used = ("format", "network", "state_dict", "sha256")
+    meta = {key: value for key, value in content.items() if key not in used}
+    if "groups" in network:
+        return Checkpoint(_rebuild_traced(network, state), meta)
     try:
         check_network(name, list(NETWORKS))
     except ValueError as error:
@@ -155,20 +176,60 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
         plan = PruningPlan(dict(network["kept"])).shrinking(widths)
     except ValueError as error:
         raise InputError(f"damaged: {error}") from error
-    model = _rebuild(name, num_classes, plan, state)
-    used = ("format", "network", "state_dict", "sha256")
-    return Checkpoint(model, {key: value for key, value in content.items() if key not in used})
+    return Checkpoint(_rebuild(name, num_classes, plan, state), meta)
+
+
+def _rebuild_traced(network: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """A network without gates: cut as its file says, not as a new trace would."""
+    name, num_classes = network["net"], network["num_classes"]
+    try:
+        model = _construct(name, num_classes)
+        groups = tuple(map(ChannelGroup.from_plain, network["groups"]))
+        model.structure = Structure(
+            num_classes, network["head"], name, groups, tuple(network["notes"])
+        )
+        prune(model, PruningPlan(dict(network["kept"])))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise InputError(f"damaged, or of another version of {name} ({error})") from error
+    return _fill(model, state)
+
+
+def _construct(net: str, num_classes: int | None) -> nn.Module:
+    """A fresh network; the random state does not change."""
+    try:
+        with torch.random.fork_rng([]):
+            return construct(net, num_classes)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     state = _unwrap(content)
-    name, num_classes = infer_network(state)
-    _check_expected(name, net)
-    missing = _optional(_skeleton(name, num_classes).state_dict())
-    model = _rebuild(name, num_classes, PruningPlan({}), {**missing, **state})
+    if net is None or net in NETWORKS or net in ALIASES:
+        name, num_classes = infer_network(state)
+        _check_expected(name, net)
+        missing = _optional(_skeleton(name, num_classes).state_dict())
+        model = _rebuild(name, num_classes, PruningPlan({}), {**missing, **state})
+    else:
+        model = load_traced(net, state)
     said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
     meta = {key: value for key, value in said.items() if isinstance(value, (int, float))}
     return Checkpoint(model, meta)
+
+
+def load_traced(net: str, state: Mapping[str, Tensor], image_size: int = 224) -> nn.Module:
+    """A network of torchvision, or of a factory, with the weights ``state``.
+
+    Raises InputError if it cannot be pruned, or for weights of another network.
+    """
+    try:
+        with torch.random.fork_rng([]):
+            head = structure(build_model(net, image_size=image_size)).head
+            num_classes = len(state[f"{head}.weight"]) if f"{head}.weight" in state else None
+            model = build_model(net, num_classes, image_size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return _fill(model, {**_optional(model.state_dict()), **state})
 
 
 def _rebuild(
@@ -176,12 +237,18 @@ def _rebuild(
 ) -> GatedModel:
     """A network cut by ``plan`` with the weights ``state``, in their widest floating-point type.
 
-    Refuses weights that do not fit before the network takes memory. The random state does not
-    change. A weight on the meta device keeps its initial value.
+    Refuses weights that do not fit before the network takes memory.
     """
     _check_fits(prune(_skeleton(net, num_classes), plan), state)
-    with torch.random.fork_rng([]):
-        model = prune(build_model(net, num_classes), plan)
+    return _fill(prune(_construct(net, num_classes), plan), state)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load the weights ``state``, in their widest type; one on the meta device is left out.
+
+    Raises InputError if they do not fit.
+    """
+    _check_fits(model, state)
     types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(reduce(torch.promote_types, types))
     given = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
@@ -193,7 +260,8 @@ def _check_fits(model: GatedModel, state: Mapping[str, Tensor]) -> None:
     """Raise InputError, with the tensor's name, unless ``state`` holds the weights of ``model``."""
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ state.keys()):
-        raise InputError(f"damaged: {name} is missing, or there is no such layer in {model.net}")
+        net = structure(model).net
+        raise InputError(f"damaged: {name} is missing, or there is no such layer in {net}")
     for name, tensor in state.items():
         fitting = expected[name]
         if tensor.shape != fitting.shape:
@@ -263,8 +331,11 @@ def _count_classes(model: GatedModel, state: Mapping[str, Tensor]) -> int:
 
 
 def _check_expected(found: str, net: str | None) -> None:
+    if net is None and ":" in found:
+        how = f"name it, with --net {found} or load_model(path, net={found!r})"
+        raise InputError(f"holds {found}, code that no file may choose; {how}")
     if net is not None and found != ALIASES.get(net, (net,))[0]:
         advice = f"give --net {found} or another --checkpoint"
-        if (found in IMAGENET_NETWORKS) != (net in IMAGENET_NETWORKS):
+        if net in NETWORKS and (found in IMAGENET_NETWORKS) != (net in IMAGENET_NETWORKS):
             advice = f"gfbs_{'imagenet' if found in IMAGENET_NETWORKS else 'cifar'}.py prunes it"
         raise InputError(f"holds {found}, not {net}; {advice}")

@@ -1,13 +1,14 @@
 """The cost of a network: multiply-adds and parameters."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from models import Gate, GatedModel
+from models import Gate, structure
+from models.trace import on_meta
 from utils.errors import InputError
 
 
@@ -22,7 +23,7 @@ class Cost:
         return f"{self.macs / 1e6:.2f} M multiply-adds and {self.params / 1e6:.3f} M parameters"
 
 
-def model_cost(model: GatedModel, image_size: int) -> Cost:
+def model_cost(model: nn.Module, image_size: int) -> Cost:
     """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
 
     MACs are those of convolutions and linear layers. Gates do not count as parameters. A copy on
@@ -32,12 +33,12 @@ def model_cost(model: GatedModel, image_size: int) -> Cost:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes = copy.deepcopy(model).to("meta", torch.float32).eval()
+    shapes = on_meta(model).eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     except RuntimeError as error:
-        misfit = f"images of {image_size} pixels do not fit {model.net}"
+        misfit = f"images of {image_size} pixels do not fit {structure(model).net}"
         raise InputError(f"{misfit} ({error})") from error
     gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
     params = sum(parameter.numel() for parameter in model.parameters()) - gates

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import bisect
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import GatedModel
+from models import channel_groups, group_widths
+from models.trace import on_meta
 from utils.cost import Cost, model_cost
 from utils.errors import InputError
 from utils.pruning import PruningPlan, Ranking, select_channels
@@ -49,7 +49,7 @@ class Goal:
 
 
 def select(
-    model: GatedModel,
+    model: nn.Module,
     saliency: Mapping[str, Tensor],
     goal: Goal,
     image_size: int,
@@ -66,7 +66,7 @@ def select(
 
     Raises InputError if even the smallest plan costs more than the goal allows.
     """
-    groups = model.channel_groups()
+    groups = channel_groups(model)
     if goal.kind == "p":
         entries = before["gate_entries"]
         return select_channels(groups, saliency, goal.value, entries=entries, **goal.limits)
@@ -74,13 +74,13 @@ def select(
     return select_within(model, ranking, image_size, goal.kind, before[goal.kind] * goal.value)
 
 
-def planned_cost(model: GatedModel, plan: PruningPlan, image_size: int) -> Cost:
+def planned_cost(model: nn.Module, plan: PruningPlan, image_size: int) -> Cost:
     """The cost of ``model`` after ``plan``. The model itself stays as it is."""
-    return model_cost(prune(copy.deepcopy(model).to("meta"), plan), image_size)
+    return model_cost(prune(on_meta(model), plan), image_size)
 
 
 def select_within(
-    model: GatedModel, ranking: Ranking, image_size: int, of: str, most: float
+    model: nn.Module, ranking: Ranking, image_size: int, of: str, most: float
 ) -> PruningPlan:
     """The largest plan of a ranking of ``model`` that costs at most ``most``.
 
@@ -89,7 +89,7 @@ def select_within(
 
     Raises InputError, with the lowest possible cost, if every plan costs more.
     """
-    shapes = copy.deepcopy(model).to("meta")
+    shapes = on_meta(model)
 
     def cost(kept: int) -> int:
         return getattr(planned_cost(shapes, ranking.plan(kept), image_size), of)
@@ -101,12 +101,12 @@ def select_within(
     return ranking.plan(beyond - 1)
 
 
-def check_goal(model: GatedModel, goal: Goal, image_size: int) -> None:
+def check_goal(model: nn.Module, goal: Goal, image_size: int) -> None:
     """Raise InputError if even the smallest plan costs more than the goal allows."""
     if goal.kind == "p":
         return
-    equal = {name: torch.zeros(width) for name, width in model.group_widths().items()}
-    smallest = Ranking(model.channel_groups(), equal, **goal.limits).plan(0)
+    equal = {name: torch.zeros(width) for name, width in group_widths(model).items()}
+    smallest = Ranking(channel_groups(model), equal, **goal.limits).plan(0)
     least = getattr(planned_cost(model, smallest, image_size), goal.kind)
     whole = getattr(model_cost(model, image_size), goal.kind)
     if least > goal.value * whole:

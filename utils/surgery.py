@@ -32,7 +32,9 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises ValueError if the plan does not fit; the model is unchanged then.
     """
     plan = plan.shrinking(group_widths(model))
-    for side, cut in zip(("outputs", "inputs"), removed_by(channel_groups(model), plan.keep), strict=True):
+    for side, cut in zip(
+        ("outputs", "inputs"), removed_by(channel_groups(model), plan.keep), strict=True
+    ):
         for name, gone in cut.items():
             layer = model.get_submodule(name)
             stays = torch.ones(_width(layer, side), dtype=torch.bool)
@@ -77,6 +79,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     found, hooks = {}, []
     for name, module in model.named_modules():
         if not name or not any(module.children()):
+
             def keep(module: nn.Module, args: tuple, out: Any, name: str = name) -> None:
                 if isinstance(out, Tensor):
                     found.setdefault(name, out.detach().clone())

@@ -8,7 +8,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from models import ALIASES, GatedModel
+from torch import nn
+
+from models import ALIASES, group_widths
 from utils import launch
 from utils.checkpoint import Checkpoint
 from utils.data.batches import Normalisation, Split
@@ -61,12 +63,12 @@ def recipe_changes(args: Namespace) -> dict[str, Any]:
     return {"cosine": cosine, **{name: getattr(args, name, None) for name in names}}
 
 
-def pruning(args: Namespace, model: GatedModel, published: Recipes) -> Pruning:
+def pruning(args: Namespace, model: nn.Module, published: Recipes) -> Pruning:
     """What is scored and cut, and how the network is trained in between.
 
     Lowers a --min_channels above every width to the greatest width, with a warning.
     """
-    widest = max(model.group_widths().values())
+    widest = max(group_widths(model).values())
     if args.min_channels > widest:
         no_cut = f"no group has more than {widest} channels, so nothing is cut"
         warn(f"--min_channels {args.min_channels}: {no_cut}")
@@ -255,4 +257,5 @@ def _named(name: str, value: Any) -> str:
 def network_folder(args: Namespace) -> str:
     """The folder of a network in OUTPUT: its name, and the data set unless that is the usual."""
     usual = args.dataset in ("cifar10", "imagenet")
-    return args.net if usual else f"{args.net}_{args.dataset}"
+    net = args.net.replace(":", "-")
+    return net if usual else f"{net}_{args.dataset}"

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from models import IMAGENET_NETWORKS
+from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, structure
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cost import model_cost
 from utils.data.batches import About
@@ -26,7 +26,8 @@ def load_baseline(place: str | Path, folder: str, net: str, typed: bool = True) 
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        maker = "prepare_torch_imagenet_models.py" if net in IMAGENET_NETWORKS else "train.py"
+        imagenet = net in IMAGENET_NETWORKS or (net not in NETWORKS and net not in ALIASES)
+        maker = "prepare_torch_imagenet_models.py" if imagenet else "train.py"
         advice = f"make one with {maker}, or name another with --checkpoint"
         advice += "" if typed else "; without it, the baseline is looked for below --output"
         raise InputError(f"{path}: no such checkpoint; {advice}") from None
@@ -43,7 +44,7 @@ def check_classes(baseline: Checkpoint, about: About, data: str, advice: str) ->
     torchvision's weights name no classes, but have ImageNet's order, which is that of the WordNet
     ids. So folders for them must be named by these ids.
     """
-    classes, trained = about.classes, baseline.model.num_classes
+    classes, trained = about.classes, structure(baseline.model).num_classes
     if trained != len(classes):
         raise InputError(
             f"{data} has {len(classes)} classes, the checkpoint was trained on {trained}; {advice}"

@@ -24,7 +24,7 @@ def measure_baseline(run: RunFolder, state: RunState, data: Data, made_by: Json 
     """
     before, record = Measurement.of(state.model, data, run.runtime), state.record
     run.log(f"baseline: {record.net} on {record.dataset}, {before}; {run.runtime}")
-    chance = 1 / state.model.num_classes
+    chance = 1 / structure(state.model).num_classes
     deviation = math.sqrt(chance * (1 - chance) / before.metrics.images)
     at_chance = before.metrics.accuracy <= 100 * (chance + 2 * deviation)
     if at_chance and not run.config.get("new_head"):

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from models import Gate, GatedModel
+from torch import nn
+
+from models import channel_groups, group_widths
 from utils.cost import Cost, model_cost
 from utils.data.batches import Data
 from utils.distributed import Runtime
@@ -28,11 +30,11 @@ class Measurement:
     gate_entries: int
 
     @classmethod
-    def of(cls, model: GatedModel, data: Data, runtime: Runtime) -> Measurement:
+    def of(cls, model: nn.Module, data: Data, runtime: Runtime) -> Measurement:
         """Evaluate a network and count what it costs."""
-        gates = sum(module.gate.numel() for module in model.modules() if isinstance(module, Gate))
+        gates = sum(group.width * len(group.entries) for group in channel_groups(model))
         cost = model_cost(model, data.about.image_size)
-        return cls(evaluate(model, data.test, runtime), cost, model.group_widths(), gates)
+        return cls(evaluate(model, data.test, runtime), cost, group_widths(model), gates)
 
     def __str__(self) -> str:
         return f"{self.cost}, {self.metrics}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from models import GatedModel
+from torch import nn
+
+from models import GatedModel, group_widths
 from utils.recipes import Recipe, Recipes
 from utils.saliency import Scoring
 from utils.selection import Goal
@@ -58,11 +60,13 @@ def in_steps(count: int, recipes: Recipes) -> tuple[Round, ...]:
     return (*rounds, *([Round(recipes.one_shot)] if recipes.one_shot.epochs else []))
 
 
-def smooth(model: GatedModel, recipes: Recipes) -> tuple[Round, ...]:
+def smooth(model: nn.Module, recipes: Recipes) -> tuple[Round, ...]:
     """Score once, and cut one part of the plan a round; then a round that only trains.
 
     A part is a group or a residual block: see ``GatedModel.pruning_stages``.
     """
-    parts = enumerate(model.pruning_stages())
+    gated = isinstance(model, GatedModel)
+    stages = model.pruning_stages() if gated else [(name,) for name in group_widths(model)]
+    parts = enumerate(stages)
     rounds = [Round(recipes.stage, scores=i == 0, groups=groups) for i, groups in parts]
     return (*rounds, Round(recipes.final))
