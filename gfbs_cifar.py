@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import GatedModel
+from models import group_widths, reset_parameters
 from utils.checkpoint import Checkpoint
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
@@ -35,13 +35,18 @@ from utils.recipes import CIFAR_RECIPES
 from utils.run.baseline import check_classes, check_size, load_baseline
 from utils.run.callbacks import RunCallback, restore_files
 from utils.run.folder import RunFolder
-from utils.run.measure import measure_baseline, measure_cut, measure_end, recalibrate
+from utils.run.measure import (
+    measure_baseline,
+    measure_cut,
+    measure_end,
+    prune_checked,
+    recalibrate,
+)
 from utils.run.record import final_table
 from utils.run.rounds import Pruning
 from utils.run.state import RunState
 from utils.saliency import CRITERIA, Scoring, channel_saliency
 from utils.selection import check_goal, select
-from utils.surgery import prune
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -107,7 +112,7 @@ def prune_in_rounds(
 
 
 def prune_and_fine_tune(
-    run: RunFolder, state: RunState, data: Data, asked: Pruning, teacher: GatedModel
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, teacher: nn.Module
 ) -> None:
     """One round of the method: score, select, cut, fine-tune.
 
@@ -117,7 +122,7 @@ def prune_and_fine_tune(
     round that trains the classifier alone. ``teacher`` is the unpruned network, for --distill.
     """
     model, record, runtime = state.model, state.record, run.runtime
-    this, widths = asked.rounds[state.round], model.group_widths()
+    this, widths = asked.rounds[state.round], group_widths(model)
 
     if state.training is None:  # otherwise this round is resumed, and its cut is done
         runtime.undo_sync_bn(model)  # for rank 0, which scores alone: all ranks must cut the same
@@ -129,21 +134,21 @@ def prune_and_fine_tune(
             goal, size = asked.goal.at(this.share), data.about.image_size
             plan = runtime.on_main(lambda: select(model, saliency, goal, size, record.size_before))
             state.plan = state.plan.then(plan)
-            run.save_plan(state.plan)
 
             # 3. Cut: slice the other channels out of every layer that makes or reads them.
             # With --smooth, only measure that cut, on a copy: each round cuts its own part below.
-            pruned = prune(copy.deepcopy(model) if this.groups else model, plan)
+            pruned = prune_checked(copy.deepcopy(model) if this.groups else model, plan, data)
+            run.save_plan(state.plan)
             measure_cut(run, state, pruned, plan, data, asked.recalibrate)
         if this.groups:
             if not record.shrunk & set(this.groups):
                 return  # the plan keeps this part whole, so there is no damage to repair
-            prune(model, state.plan.only(this.groups))
+            prune_checked(model, state.plan.only(this.groups), data)
             recalibrate(model, data.train, asked.recalibrate)
         if this.fresh:  # --from_scratch: keep the shape, forget the weights
-            model.reset_parameters()
+            reset_parameters(model)
         if len(asked.rounds) > 1:
-            cut = [name for name, width in model.group_widths().items() if width < widths[name]]
+            cut = [name for name, width in group_widths(model).items() if width < widths[name]]
             what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
             what = "train the new classifier alone" if this.head else what
             run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gfbs_cifar import prune_in_rounds
+from models import replace_head
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
 from utils.cost import model_cost
@@ -52,7 +53,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what is in result.json. The method is in gfbs_cifar.py."""
     runtime = settings.runtime(args, args.train_bs, "--train_bs")
     place, typed = args.checkpoint or args.output, bool(args.checkpoint)
-    baseline = load_baseline(place, args.net, args.net, typed)
+    baseline = load_baseline(place, settings.network_folder(args), args.net, typed)
+    args.image_size = args.image_size or baseline.meta.get("image_size", Crops.size)
+    args.defaults["image_size"] = Crops.size
     asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
     where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: folder_identity(args.data_dir, ("val",)))
@@ -62,11 +65,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     seed_everything(args.seed, args.deterministic)
     typed, usual = settings.normalisation(args), IMAGENET_NORMALISATION
     constants, line = choose_normalisation(typed, baseline.meta, usual)
-    resize = Crops.for_baseline(args.image_size, baseline.meta).resize
-    source = baseline.meta.get("source")
-    about = About(args.dataset, classes, args.image_size, constants, resize, source)
+    crops, source = Crops.for_baseline(args.image_size, baseline.meta), baseline.meta.get("source")
+    how = crops.resize, crops.interpolation, source
+    about = About(args.dataset, classes, args.image_size, constants, *how)
     if args.new_head:
-        baseline.model.replace_head(len(classes))
+        replace_head(baseline.model, len(classes))
     else:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)

@@ -1,10 +1,11 @@
-"""Turn torchvision's ImageNet weights into the gated baseline that gfbs_imagenet.py prunes.
+"""Turn torchvision's ImageNet weights into the baseline that gfbs_imagenet.py prunes.
 
     python prepare_torch_imagenet_models.py --net resnet50 --data_dir <path-to-imagenet>
     python prepare_torch_imagenet_models.py --net resnet50 --checkpoint resnet50-0676ba61.pth
 
-Takes weights of torchvision (downloaded once) or a local file, checks that the gated network gives
-the same logits, writes OUTPUT/<net>/model_best.pth, and evaluates it on DATA_DIR/val if given.
+Takes weights of torchvision (downloaded once), a local file of such weights, or the weights of your
+own network (--net package.module:factory). Checks that a gated network gives torchvision's logits,
+writes OUTPUT/<net>/model_best.pth, and evaluates it on DATA_DIR/val if given.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import GatedModel, build_model
-from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
+from models import IMAGENET_NETWORKS, GatedModel, build_model, group_widths, structure
+from utils.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_traced,
+    read_state_dict,
+    save_checkpoint,
+)
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
 from utils.data.batches import About, Normalisation, choose_normalisation
-from utils.data.folders import Crops, FolderBatches
+from utils.data.folders import IMAGENET_NORMALISATION, Crops, FolderBatches
 from utils.data.listing import list_images
 from utils.distributed import select_runtime
 from utils.errors import InputError
@@ -54,29 +61,25 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runtime = select_runtime(args.device, args.gpu)
     runtime.share(args.batch_size, "--batch_size")
     report = partial(print, flush=True) if runtime.is_main else lambda text: None
-    from torchvision.models import get_model_weights
-
-    known = get_model_weights(args.net).__members__
-    if args.weights not in known:
-        raise InputError(f"--weights {args.weights}: {args.net} has {', '.join(known)}")
-    weights = known[args.weights]
-    preset = weights.transforms()
-    crops = Crops(preset.crop_size[0], preset.resize_size[0])
-    usual = Normalisation(tuple(preset.mean), tuple(preset.std))
+    weights = None if ":" in args.net else named_weights(args.net, args.weights)
+    crops, usual = preset(weights, args.image_size)
     normalisation, constants = choose_normalisation(settings.normalisation(args), {}, usual)
     val = list_images(Path(args.data_dir) / "val") if args.data_dir else None
-    state = runtime.main_first(lambda: read_weights(args.checkpoint, weights))
-    source = args.checkpoint or weights.url
-    model, difference = convert(args.net, state, source)
-    report(f"{args.net}: gated logits equal torchvision's (they differ by {difference:g})")
-    about = About("imagenet", (), crops.size, normalisation, crops.resize, source)
+    state, source = None, args.net
+    if args.checkpoint or weights:
+        state = runtime.main_first(lambda: read_weights(args.checkpoint, weights))
+        source = args.checkpoint or weights.url
+    model, said = convert(args.net, state, source, crops.size)
+    report(said)
+    how = crops.resize, crops.interpolation, source
+    about = About("imagenet", (), crops.size, normalisation, *how)
     if val:
         advice = "name the data that the weights were trained on"
         there, baseline = replace(about, classes=val[1]), Checkpoint(model, {})
         check_classes(baseline, there, f"--data_dir {args.data_dir}", advice)
     report(constants)
     if args.save:
-        path = Path(args.output) / args.net / "model_best.pth"
+        path = Path(args.output) / args.net.replace(":", "-") / "model_best.pth"
         runtime.on_main(lambda: save(path, model, args.overwrite, about.metadata()))
         report(f"saved {path}")
     if not val:
@@ -87,10 +90,34 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         found = evaluate(model, batches, runtime)
     figures = f"top-1 {found.accuracy:.3f} %, top-5 {found.top5:.3f} %"
     report(f"measured on {found.images} images of {args.data_dir}/val: {figures}")
-    published = "top-1 {acc@1:.3f} %, top-5 {acc@5:.3f} %"
-    published = published.format_map(weights.meta["_metrics"]["ImageNet-1K"])
-    report(f"torchvision publishes for {weights}, on 50000 images of ImageNet's val: {published}")
+    if weights:
+        published = "top-1 {acc@1:.3f} %, top-5 {acc@5:.3f} %"
+        published = published.format_map(weights.meta["_metrics"]["ImageNet-1K"])
+        report(
+            f"torchvision publishes for {weights}, on 50000 images of ImageNet's val: {published}"
+        )
     return {"accuracy": found.accuracy, "top5": found.top5, "images": found.images}
+
+
+def named_weights(net: str, name: str) -> WeightsEnum:
+    """torchvision's weights of this name. Raises InputError, with the names, if there are none."""
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(net).__members__
+    if name not in known:
+        raise InputError(f"--weights {name}: {net} has {', '.join(known)}")
+    return known[name]
+
+
+def preset(weights: WeightsEnum | None, size: int | None) -> tuple[Crops, Normalisation]:
+    """How images are prepared for these weights; as usual on ImageNet if there are none."""
+    if weights is None:
+        return Crops.for_baseline(size or Crops.size, {}), IMAGENET_NORMALISATION
+    said = weights.transforms()
+    meta = {"image_size": said.crop_size[0], "resize": said.resize_size[0]}
+    meta["interpolation"] = said.interpolation.value
+    normalisation = Normalisation(tuple(said.mean), tuple(said.std))
+    return Crops.for_baseline(size or meta["image_size"], meta), normalisation
 
 
 def read_weights(file: str | None, weights: WeightsEnum) -> Mapping[str, Tensor]:
@@ -105,11 +132,36 @@ def read_weights(file: str | None, weights: WeightsEnum) -> Mapping[str, Tensor]
         raise InputError(f"{weights.url} could not be downloaded ({error}); {advice}") from error
 
 
-def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedModel, float]:
-    """The gated network with torchvision's weights, and the relative difference of its logits.
+def convert(
+    net: str, state: Mapping[str, Tensor] | None, source: str, size: int
+) -> tuple[nn.Module, str]:
+    """The network to prune with these weights, and a line about it.
 
-    Raises InputError for weights of another network, and if logits differ by more than rounding.
+    Without weights, a factory's network keeps its own. Raises InputError for weights of another
+    network, and if the logits of a gated network differ from torchvision's by more than rounding.
     """
+    if net in IMAGENET_NETWORKS:
+        model, difference = convert_gated(net, state, source)
+        return model, f"{net}: gated logits equal torchvision's (they differ by {difference:g})"
+    if state is None:
+        try:
+            model = build_model(net, image_size=size)
+        except ValueError as error:
+            raise InputError(f"--net {net}: {error}") from error
+    else:
+        auxiliary = ("AuxLogits.", "aux1.", "aux2.")
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(auxiliary)}
+        try:
+            model = load_traced(net, own, size)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+    widths = group_widths(model).values()
+    notes = "".join(f"\nnote: {note}" for note in structure(model).notes)
+    return model, f"{net}: {sum(widths)} channels in {len(widths)} groups can go{notes}"
+
+
+def convert_gated(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedModel, float]:
+    """A network of ours with torchvision's weights, and the relative difference of its logits."""
     from torchvision.models import get_model
 
     try:
@@ -130,12 +182,12 @@ def convert(net: str, state: Mapping[str, Tensor], source: str) -> tuple[GatedMo
     return model, difference
 
 
-def save(path: Path, model: GatedModel, overwrite: bool, meta: Mapping[str, Any]) -> None:
+def save(path: Path, model: nn.Module, overwrite: bool, meta: Mapping[str, Any]) -> None:
     """Write the baseline. Raises InputError rather than replace other weights unasked."""
     with writable(path, "--output"):
         if overwrite or not path.exists():
             save_checkpoint(path, model, **meta)
-        elif load_checkpoint(path).digest != Checkpoint(model, {}).digest:
+        elif load_checkpoint(path, structure(model).net).digest != Checkpoint(model, {}).digest:
             raise InputError(f"{path} holds other weights; use --overwrite to replace them")
 
 

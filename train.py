@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     about, constants = images.about(args.dataset, settings.normalisation(args), {})
     seed_everything(args.seed, args.deterministic)
     try:
-        model = build_model(args.net, len(about.classes))
+        model = build_model(args.net, len(about.classes), args.image_size)
     except ValueError as error:  # the data has another number of classes than an alias
         raise InputError(f"--net {args.net}: {error}") from None
     cost = model_cost(model, args.image_size)

@@ -23,7 +23,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 import gfbs_cifar
-from models import GatedModel
+from models import channel_groups
 from models.gate import folded_gates
 from models.layers import PadShortcut
 from utils.cli.parser import run_script
@@ -62,7 +62,7 @@ def dependency_graph(model: nn.Module, images: Tensor) -> torch_pruning.Dependen
 
 
 def torch_pruning_saliency(
-    model: GatedModel, images: Tensor, labels: Tensor, **_: Any
+    model: nn.Module, images: Tensor, labels: Tensor, **_: Any
 ) -> dict[str, Tensor]:
     """Replaces ``channel_saliency``: the importance (C,) of each group, by its name.
 
@@ -74,7 +74,7 @@ def torch_pruning_saliency(
         F.cross_entropy(model(images), labels).backward()
     names = {module: name for name, module in model.named_modules()}
     importance, saliency = torch_pruning.importance.GroupTaylorImportance(), {}
-    for group in model.channel_groups():
+    for group in channel_groups(model):
         conv = model.get_submodule(group.convs[0])
         channels = list(range(conv.out_channels))
         theirs = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, channels)

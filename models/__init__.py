@@ -90,7 +90,7 @@ def construct(net: str, num_classes: int | None = None) -> nn.Module:
         if not isinstance(model, GatedModel):
             raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
         model.head_layer()
-        model.structure.net = name
+        model.structure.net, model.structure.head = name, model.head
         return model
     if ":" in name:
         return _factory(name)(**options)

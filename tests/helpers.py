@@ -13,7 +13,7 @@ from torch import nn
 
 import gfbs_cifar
 import train
-from models import ChannelGroup, Gate, GatedModel, build_model
+from models import Gate, GatedModel, build_model
 from utils.checkpoint import load_model
 from utils.data.batches import Split
 from utils.data.small import image_batches
@@ -160,6 +160,3 @@ class Nested(GatedModel):
 
     def forward(self, x):
         return self.classifier(self.gate(self.norm(self.conv(x))).relu().mean((2, 3)))
-
-    def _channel_groups(self):
-        yield ChannelGroup.around(["gate"], ["norm"], ["conv"], [self.head])

@@ -95,7 +95,7 @@ def test_networks_of_the_same_layers_are_told_apart_by_their_widths(tmp_path, mo
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, ValueError, RuntimeError])
 def test_a_fault_of_the_code_is_not_called_damage(tmp_path, monkeypatch, kind):
     class Faulty(Nested):
-        def _channel_groups(self):
+        def __init__(self, num_classes):
             raise kind("a fault of the code")
 
     monkeypatch.setitem(models.NETWORKS, "mine", Nested)

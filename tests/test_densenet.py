@@ -230,9 +230,9 @@ def choices(model):
 def test_groups_are_what_one_layer_reads(densenet40):
     groups = {group.name: group for group in densenet40.channel_groups()}
     layer = groups["block2.layer.3.gate1"]
-    assert layer.inputs == layer.convs == ("block2.layer.3.conv1",)
+    assert tuple(layer.inputs) == layer.convs == ("block2.layer.3.conv1",)
     assert layer.norms == ("block2.layer.3.bn1",)
-    assert groups["gate1"].inputs == groups["gate1"].convs == ("fc",)
+    assert tuple(groups["gate1"].inputs) == groups["gate1"].convs == ("fc",)
     assert len(groups) == 39 and len(densenet40.pruning_stages()) == 39
     assert len(densenet40.checkpoint_blocks()) == 36
 

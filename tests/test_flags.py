@@ -12,6 +12,7 @@ from helpers import CPU, one_run, run_gfbs, run_train
 import gfbs_cifar
 import gfbs_imagenet
 import train
+from models import replace_head
 from models.residual import ResidualModel
 from utils import selection
 from utils.data.batches import scoring_indices
@@ -147,7 +148,7 @@ def test_progress_is_drawn_on_a_terminal(trained, monkeypatch, capsys):
     data = load_data("synthetic", "unused", 8)
     batches = ImageBatches(data.test, 100, data.normalisation, CPU)
     model = load_baseline(trained, "", "gateresnet20").model
-    model.replace_head(10)
+    replace_head(model, 10)
     evaluate(model, batches, CPU)
     shown = capsys.readouterr().err
     assert "evaluate" in shown and "images/s" in shown and "loss" in shown

@@ -92,7 +92,7 @@ def test_torch_pruning_cuts_the_same_network(net):
         graph = torch_pruning.DependencyGraph().build_dependency(original, images)
         gone = sorted(set(range(widths[group.name])) - set(plan.keep[group.name]))
         if gone:
-            conv = layers[group.outputs[0]]
+            conv = layers[group.convs[0]]
             cut = torch_pruning.prune_conv_out_channels
             graph.get_pruning_group(conv, cut, idxs=gone).prune()
     pruned = prune(gated, plan)

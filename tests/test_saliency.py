@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import formula, random_batch, random_model, relative_difference
 
 import gfbs_cifar
-from models import ChannelGroup, build_model
+from models import build_model
 from utils.errors import InputError
 from utils.pruning import PruningPlan
 from utils.saliency import CRITERIA, Criterion, channel_saliency
@@ -182,18 +182,6 @@ def test_taylor_fo_is_the_squared_derivative_of_the_loss_by_the_gate(net):
         ]
         expected = sum(squares) / len(squares)
         assert scores[group.name][channel].item() == pytest.approx(expected, rel=1e-3)
-
-
-def test_an_input_slice_stands_for_a_channel_that_is_only_read():
-    """As in a dense network, where a gate has no convolution of its own before it."""
-    model = random_model("gatevgg11")
-    first, second = model.features[0], model.features[5]
-    for made_by, slices in (([], second.weight.transpose(0, 1)), (["features.0"], first.weight)):
-        group = ChannelGroup.around(["features.2"], ["features.1"], made_by, ["features.5"])
-        model._channel_groups = lambda group=group: iter([group])
-        score = channel_saliency(model, *random_batch(), criterion="l1")["features.2"]
-        expected = torch.tensor(divided_by_norm([s.abs().sum().item() for s in slices]))
-        assert relative_difference(expected, score) < 1e-6
 
 
 def test_random_scores_are_drawn_from_the_generator():

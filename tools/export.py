@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from models import GatedModel
+from models import structure
 from models.gate import deployable
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import flags, settings
@@ -43,6 +43,7 @@ Network = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classe
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, prog="python -m tools.export")
     parser.add_argument("checkpoint", help="a checkpoint of any kind that this project loads")
+    flags.add_loading_flag(parser)
     parser.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="of the file")
     parser.add_argument("--output", metavar="FILE", help="(default: beside the checkpoint)")
     parser.add_argument("--image_size", type=count, help="in pixels (default: the checkpoint's)")
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Export, compare the logits, write; returns the content of FILE.json."""
     source = Path(args.checkpoint)
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, args.net)
     target = Path(args.output) if args.output else source.with_suffix(f".{args.format}")
     about = Path(f"{target}.json")
     if target.resolve() == source.resolve():
@@ -93,14 +94,14 @@ def describe(
     pixels = {"shape": ["batch", 3, size, size], "type": "float32"}
     pixels["normalisation"] = typed.as_dict() if typed else meta.get("normalisation")
     pixels["resize"] = meta.get("resize")  # of the shorter side, before the crop
-    said = {"net": model.net, "input": {"name": "images", **pixels}}
-    said |= {"output": {"name": "logits", "shape": ["batch", model.num_classes]}}
+    said = {"net": structure(model).net, "input": {"name": "images", **pixels}}
+    said |= {"output": {"name": "logits", "shape": ["batch", structure(model).num_classes]}}
     said |= {"classes": meta.get("classes"), **vars(cost), "accuracy": meta.get("accuracy")}
     said |= {"tested_on": meta.get("tested_on", "test"), "torch": torch.__version__}
     return said | {"source": {"file": source.name, "sha256": digest}}
 
 
-def largest_difference(model: GatedModel, run: Network, size: int) -> float:
+def largest_difference(model: nn.Module, run: Network, size: int) -> float:
     """The largest max |a - b| / max |a| of both networks' logits for noise, over batch sizes.
 
     Infinite where the logits are all 0, not a number, or of another shape.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, get_num_threads, nn
 from torch.profiler import profile
 
-from models import IMAGENET_NETWORKS, Gate, GatedModel, build_model
+from models import IMAGENET_NETWORKS, Gate, build_model, channel_groups
 from utils.cost import model_cost
 from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
 from utils.distributed import Runtime
@@ -119,7 +119,7 @@ def image_size(args: Args) -> int:
     return size
 
 
-def fresh_model(net: str, gates: bool = True) -> GatedModel:
+def fresh_model(net: str, gates: bool = True) -> nn.Module:
     """The same weights every time; without gates, as anybody else would have written it."""
     torch.manual_seed(0)
     model = build_model(net)
@@ -175,10 +175,10 @@ def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, _: float 
 
 
 def score_select_cut(
-    model: GatedModel, images: Tensor, labels: Tensor, p: float, round_to: int = 1, **scoring: bool
-) -> GatedModel:
+    model: nn.Module, images: Tensor, labels: Tensor, p: float, round_to: int = 1, **scoring: bool
+) -> nn.Module:
     saliency = channel_saliency(model, images, labels, **scoring)
-    return prune(model, select_channels(model.channel_groups(), saliency, p, round_to=round_to))
+    return prune(model, select_channels(channel_groups(model), saliency, p, round_to=round_to))
 
 
 def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:

@@ -183,7 +183,8 @@ def _rebuild_traced(network: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     """A network without gates: cut as its file says, not as a new trace would."""
     name, num_classes = network["net"], network["num_classes"]
     try:
-        model = _construct(name, num_classes)
+        with torch.random.fork_rng([]):
+            model = construct(name, num_classes)
         groups = tuple(map(ChannelGroup.from_plain, network["groups"]))
         model.structure = Structure(
             num_classes, network["head"], name, groups, tuple(network["notes"])
@@ -192,15 +193,6 @@ def _rebuild_traced(network: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise InputError(f"damaged, or of another version of {name} ({error})") from error
     return _fill(model, state)
-
-
-def _construct(net: str, num_classes: int | None) -> nn.Module:
-    """A fresh network; the random state does not change."""
-    try:
-        with torch.random.fork_rng([]):
-            return construct(net, num_classes)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
@@ -240,7 +232,9 @@ def _rebuild(
     Refuses weights that do not fit before the network takes memory.
     """
     _check_fits(prune(_skeleton(net, num_classes), plan), state)
-    return _fill(prune(_construct(net, num_classes), plan), state)
+    with torch.random.fork_rng([]):
+        model = construct(net, num_classes)
+    return _fill(prune(model, plan), state)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

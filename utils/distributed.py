@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import GatedModel
 from utils.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -75,7 +74,7 @@ class Runtime:
         """Whether this process writes files, draws progress bars and scores channels."""
         return self.rank == 0
 
-    def for_training(self, model: GatedModel) -> nn.Module:
+    def for_training(self, model: nn.Module) -> nn.Module:
         """The network to train. It shares its weights with ``model``, which gets no wrapper."""
         network = self.for_evaluation(model)
         if self.world_size > 1:
@@ -88,7 +87,7 @@ class Runtime:
         torch.compiler.reset()  # else torch stops compiling after a few rounds
         return torch.compile(network, dynamic=False)
 
-    def for_evaluation(self, model: GatedModel) -> nn.Module:
+    def for_evaluation(self, model: nn.Module) -> nn.Module:
         """The network to evaluate; every rank evaluates its own share of the images."""
         model.to(self.device)
         if self.acceleration.channels_last:
@@ -104,7 +103,7 @@ class Runtime:
         """Keep gradients on their rank; the next backward pass outside averages their sum."""
         return network.no_sync() if self.world_size > 1 else nullcontext()
 
-    def undo_sync_bn(self, model: GatedModel) -> None:
+    def undo_sync_bn(self, model: nn.Module) -> None:
         """Put ordinary BatchNorm layers back, so that one rank can run the model alone."""
         for name, norm in list(model.named_modules()) if self.sync_bn else ():
             if isinstance(norm, nn.SyncBatchNorm):
@@ -112,7 +111,7 @@ class Runtime:
                 plain.__dict__.update({k: v for k, v in vars(norm).items() if k != "process_group"})
                 model.set_submodule(name, plain)
 
-    def sync_buffers(self, model: GatedModel) -> None:
+    def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0."""
         for buffer in model.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, src=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models import GatedModel
+from models import structure
 from models.gate import folded_gates
+from models.trace import on_meta
 from utils.data.batches import Batches
 from utils.distributed import Runtime
 from utils.errors import InputError, RunError
@@ -30,7 +30,7 @@ DIVERGED = "training has diverged; the last good checkpoint is kept; try a lower
 
 
 def evaluate(
-    model: GatedModel, batches: Batches, runtime: Runtime, stop: Callable[[], None] | None = None
+    model: nn.Module, batches: Batches, runtime: Runtime, stop: Callable[[], None] | None = None
 ) -> Metrics:
     """Loss and accuracy of ``model`` in eval mode, over the batches of all ranks.
 
@@ -53,25 +53,25 @@ def evaluate(
     return tally.metrics()
 
 
-def check_batch(model: GatedModel, image_size: int, images: int, flag: str) -> None:
+def check_batch(model: nn.Module, image_size: int, images: int, flag: str) -> None:
     """Raise InputError if BatchNorm would see one value per channel: one image, a map of 1x1."""
     if images > 1:
         return
-    shapes = copy.deepcopy(model).to("meta").train()
+    shapes = on_meta(model).train()
     try:
         with torch.no_grad():
             shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     except ValueError:
         raise InputError(
-            f"{flag}: {model.net} cannot train on a single image of {image_size} pixels: its last"
-            " maps have one pixel, and BatchNorm needs more; use two images or larger ones"
+            f"{flag}: {structure(model).net} cannot train on a single image of {image_size} pixels:"
+            " its last maps have one pixel, and BatchNorm needs more; use two images or larger ones"
         ) from None
 
 
 @contextmanager
-def head_alone(model: GatedModel) -> Iterator[None]:
+def head_alone(model: nn.Module) -> Iterator[None]:
     """Inside this context, only the classifier can be trained."""
-    head = {id(parameter) for parameter in model.head_layer().parameters()}
+    head = {id(parameter) for parameter in model.get_submodule(structure(model).head).parameters()}
     body = [p for p in model.parameters() if p.requires_grad and id(p) not in head]
     for parameter in body:
         parameter.requires_grad_(False)
@@ -91,7 +91,7 @@ class Trainer:
     _parts = ("optimizer", "scheduler", "scaler")
 
     def __init__(
-        self, model: GatedModel, recipe: Recipe, runtime: Runtime, teacher: nn.Module | None = None
+        self, model: nn.Module, recipe: Recipe, runtime: Runtime, teacher: nn.Module | None = None
     ):
         self.model, self.live, self.recipe, self.runtime = model, model, recipe, runtime
         self.average = None
@@ -230,7 +230,7 @@ class Callback:
 
 
 def fit(
-    model: GatedModel,
+    model: nn.Module,
     train: Batches,
     test: Batches,
     recipe: Recipe,

@@ -256,7 +256,8 @@ def _gradients(
             layer = model.get_submodule(layer)
             watched[name] = nn.Parameter(getattr(layer, parameter).detach())
             setattr(layer, parameter, watched[name])
-    for block in model.checkpoint_blocks() if recompute else []:
+    blocks = getattr(model, "checkpoint_blocks", list)() if recompute else []
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), folded_gates(model):

@@ -21,7 +21,14 @@ def add_network_flag(parser: ArgumentParser, imagenet: bool = False) -> None:
     small = [net for net in [*NETWORKS, *ALIASES] if net not in IMAGENET_NETWORKS]
     names, usual = (IMAGENET_NETWORKS, "resnet50") if imagenet else (small, "gatevgg16")
     parser.add_argument("--net", type=value.network(names), default=usual,
-                        help=f"the network: {', '.join(names)}")
+                        help=f"the network: {', '.join(names)}; any other classifier of"
+                             " torchvision.models that has BatchNorm; or package.module:factory")
+
+
+def add_loading_flag(parser: ArgumentParser) -> None:
+    """--net of tools that read checkpoints."""
+    parser.add_argument("--net", metavar="NAME",
+        help="what the checkpoint must hold; needed for package.module:factory only")
 
 
 def add_normalisation_flags(parser: ArgumentParser) -> None:
@@ -77,8 +84,9 @@ def add_imagenet_flags(parser: ArgumentParser, recipe: Recipe) -> None:
     """Large images in folders, and how to train on them."""
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", required=True, metavar="DIR", help="holds train/<class>/ and val/<class>/")
-    add("--image_size", type=value.count, default=224, metavar="PIXELS",
-        help="side of the crops; for evaluation the images are resized to 8/7 of it")
+    add("--image_size", type=value.count, metavar="PIXELS",
+        help="side of the crops (default: the checkpoint's, else 224); for evaluation, images are"
+             " resized as the checkpoint says, else to 8/7 of it")
     add("--workers", "-j", type=value.count_or_zero, default=4, metavar="N",
         help="processes that read and augment images, per rank")
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
@@ -103,7 +111,10 @@ def add_imagenet_flags(parser: ArgumentParser, recipe: Recipe) -> None:
 def add_conversion_flags(parser: ArgumentParser) -> None:
     """Which weights to convert, and where to evaluate them."""
     add = parser.add_argument_group("conversion").add_argument
-    add("--weights", default="IMAGENET1K_V1", metavar="NAME", help="name of torchvision's weights")
+    add("--weights", default="IMAGENET1K_V1", metavar="NAME",
+        help="name of torchvision's weights; a package.module:factory has its own")
+    add("--image_size", type=value.count, metavar="PIXELS",
+        help="side of the images (default: that of torchvision's weights, else 224)")
     add("--checkpoint", metavar="FILE", help="a local file of such weights; nothing is downloaded")
     add("--save", "-s", action="store_true", default=True, help="write the baseline, as usual")
     add("--no_save", dest="save", action="store_false", help="convert, check and evaluate only")

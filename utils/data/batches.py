@@ -168,6 +168,7 @@ class About:
     image_size: int  # side in pixels
     normalisation: Normalisation
     resize: int | None = None  # evaluation resizes the shorter side to this before it crops
+    interpolation: str | None = None  # the filter of that; see ``Crops``
     source: str | None = None  # where the unpruned weights come from
 
     def metadata(self) -> dict[str, Any]:

@@ -36,17 +36,26 @@ class Crops:
     """How images become squares of ``size`` pixels.
 
     Training resizes a random area and flips it at random. Evaluation resizes the shorter side to
-    ``resize`` and cuts out the centre.
+    ``resize`` and cuts out the centre. ``interpolation`` is torchvision's name of the filter.
     """
 
     size: int = 224
     resize: int = 256
+    interpolation: str = "bilinear"
 
     @classmethod
     def for_baseline(cls, size: int, meta: Mapping[str, Any]) -> Crops:
         """As its checkpoint was evaluated; otherwise in the usual proportion, 256 for 224."""
         known = meta.get("resize") if meta.get("image_size") == size else None
-        return cls(size, known or round(size * 256 / 224))
+        filter_name = meta.get("interpolation", cls.interpolation)
+        return cls(size, known or round(size * 256 / 224), filter_name)
+
+    def _resize(self, pixels: Tensor, size: list[int]) -> Tensor:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        how = InterpolationMode(self.interpolation)
+        return functional.resize(pixels, size, how, antialias=True)
 
     def training(self) -> Callable[[Image.Image], Tensor]:
         """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip."""
@@ -61,13 +70,13 @@ class Crops:
         # Tensors are resized faster than PIL images, but conversion copies all pixels: crop first.
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
         area = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        pixels = functional.resize(area, [self.size, self.size], antialias=True)
+        pixels = self._resize(area, [self.size, self.size])
         return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
     def evaluation(self) -> Callable[[Image.Image], Tensor]:
         from torchvision.transforms import v2 as transforms
 
-        resize = transforms.Resize(self.resize, antialias=True)
+        resize = partial(self._resize, size=[self.resize])
         steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
         return transforms.Compose(steps)
 
@@ -183,7 +192,8 @@ def folder_batches(
 
     ``options`` are fields of ``FolderBatches``: batch_size, runtime, seed, workers.
     """
-    options |= {"crops": Crops(about.image_size, about.resize)}
+    how = about.interpolation or Crops.interpolation
+    options |= {"crops": Crops(about.image_size, about.resize, how)}
     make = partial(FolderBatches, normalisation=about.normalisation, **options)
     data = split.data(train, val, about, partial(make, augment=True), make)
     try:

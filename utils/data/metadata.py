@@ -51,6 +51,7 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, Mapping) and NATURAL[1](value.get("holdout", 0))
 
 
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 Kind = tuple[str, Callable[[Any], bool]]  # its name, and whether a value is of it
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
 MAPPING: Kind = ("a mapping", lambda value: isinstance(value, Mapping))
@@ -59,6 +60,7 @@ NATURAL: Kind = ("a whole number of at least 0", lambda value: type(value) is in
 METADATA: dict[str, Kind] = {
     **dict.fromkeys(("dataset", "tested_on", "chosen"), TEXT),
     **dict.fromkeys(("image_size", "resize"), COUNT),
+    "interpolation": ("the name of a filter", lambda value: value in INTERPOLATIONS),
     "epoch": NATURAL,
     "training": MAPPING,
     "source": ("text or None", lambda value: value is None or TEXT[1](value)),

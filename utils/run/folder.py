@@ -13,7 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from models import GatedModel
+from torch import nn
+
 from utils import launch
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.data.listing import class_digest
@@ -162,7 +163,7 @@ class RunFolder:
         """Write plan.json."""
         self._write(write_text, self.folder / "plan.json", plan.to_json())
 
-    def save(self, name: str, model: GatedModel, **meta: Any) -> None:
+    def save(self, name: str, model: nn.Module, **meta: Any) -> None:
         """Write a checkpoint of the bare model into the folder."""
         self._write(save_checkpoint, self.folder / name, model, config=self.config, **meta)
 
@@ -177,7 +178,7 @@ class RunFolder:
         self.save("last.pth", state.model, **meta)
         self._saved = True
 
-    def check_space(self, model: GatedModel) -> None:
+    def check_space(self, model: nn.Module) -> None:
         """Raise InputError if the disk has no room for the checkpoints of a run."""
         # Weights, momentum and with --ema other weights, in last.pth, in last_previous.pth and in a
         # temporary file.

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
+import torch
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from models import GatedModel
+from models import GatedModel, structure
 from utils.checkpoint import load_checkpoint
 from utils.data.batches import Batches, Data
+from utils.errors import RunError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.run.folder import RunFolder
 from utils.run.record import KINDS, Json, Measurement
 from utils.run.state import RunState
+from utils.surgery import first_difference, prune
 
 
 def measure_baseline(run: RunFolder, state: RunState, data: Data, made_by: Json | None) -> None:
@@ -34,11 +39,34 @@ def measure_baseline(run: RunFolder, state: RunState, data: Data, made_by: Json 
         )
     if run.config["holdout"] > (made_by or {}).get("holdout", 0):
         run.log("warning: the baseline was trained on images that are held out here")
+    for note in structure(state.model).notes:
+        run.log(f"note: {note}")
     record.begin_pruning(before, made_by)
 
 
+def prune_checked(model: nn.Module, plan: PruningPlan, data: Data) -> nn.Module:
+    """Prune ``model`` in place and return it.
+
+    The groups of a network without gates are read off its forward pass. So nobody has to trust
+    them: there the pruned network is compared with the masked one on eight training images.
+    Raises RunError, with the first layer that differs.
+    """
+    if isinstance(model, GatedModel):
+        return prune(model, plan)
+    masked = plan.apply_mask(copy.deepcopy(model))
+    images, _ = data.train.pick(torch.arange(min(8, data.train.images)))
+    layer = first_difference(masked, prune(model, plan), images)
+    if layer is not None:
+        known = structure(model)
+        raise RunError(
+            f"{known.net}: the pruned network differs from the masked one, first in {layer}; its"
+            f" forward pass cannot be followed{''.join(f'; {note}' for note in known.notes)}"
+        )
+    return model
+
+
 def measure_cut(
-    run: RunFolder, state: RunState, pruned: GatedModel, plan: PruningPlan, data: Data, count: int
+    run: RunFolder, state: RunState, pruned: nn.Module, plan: PruningPlan, data: Data, count: int
 ) -> None:
     """Evaluate a network right after surgery, and save it as pruned.pth.
 
@@ -56,7 +84,7 @@ def measure_cut(
     run.board.draw_surgery(state.record)
 
 
-def recalibrate(model: GatedModel, train: Batches, count: int) -> None:
+def recalibrate(model: nn.Module, train: Batches, count: int) -> None:
     """Estimate BatchNorm's running statistics anew; the weights stay.
 
     They become plain averages over the first ``count`` batches of the first epoch. With a count of
@@ -80,6 +108,8 @@ def measure_end(run: RunFolder, state: RunState, data: Data) -> None:
         found = {kind: {name: getattr(record, kind)[name] for name in names} for kind in KINDS}
         record.holdout = {"images": data.holdout.images, **found}
         path = run.folder / "model_best.pth"
-        file = run.runtime.main_first(lambda: load_checkpoint(path))  # rank 0 has written it
+        file = run.runtime.main_first(
+            lambda: load_checkpoint(path, run.settings.net)
+        )  # rank 0 has written it
         last, best = (evaluate(m, data.test, run.runtime) for m in (state.model, file.model))
         record.note_end(last, best, file.meta["epoch"])

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from models import GatedModel
 from utils.checkpoint import Checkpoint
 from utils.distributed import Runtime
 from utils.pruning import PruningPlan
@@ -21,7 +21,7 @@ from utils.run.record import Json, Record
 class RunState:
     """The state of a run; mutable."""
 
-    model: GatedModel  # the bare network as it is now
+    model: nn.Module  # the bare network as it is now
     record: Record
     # The channels that stay, planned so far; the indices count the baseline's channels.
     plan: PruningPlan = field(default_factory=lambda: PruningPlan({}))
