@@ -29,8 +29,12 @@ class Gate(nn.Module):
             return x
         return self.gate.to(x.dtype) * x  # the cast keeps float16 activations float16
 
+    @property
+    def out_channels(self) -> int:
+        return self.gate.shape[1]
+
     def extra_repr(self) -> str:
-        return str(self.gate.shape[1])
+        return str(self.out_channels)
 
     def is_open(self) -> bool:
         """Whether every factor is 1."""

@@ -49,8 +49,12 @@ class PadShortcut(nn.Module):
         x = F.pad(x, (0, 0, 0, 0, 0, 1))  # one channel of zeros, at index C_in
         return take_channels(x, self.source % (self.in_channels + 1))  # -1 becomes C_in
 
+    @property
+    def out_channels(self) -> int:
+        return len(self.source)
+
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {len(self.source)}, stride={self.stride}"
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
 
 
 class ChannelSelector(nn.Module):
@@ -79,5 +83,9 @@ class ChannelSelector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if len(self.channels) == self.in_channels else take_channels(x, self.index)
 
+    @property
+    def out_channels(self) -> int:
+        return len(self.channels)
+
     def extra_repr(self) -> str:
-        return f"{len(self.channels)} of {self.in_channels}"
+        return f"{self.out_channels} of {self.in_channels}"

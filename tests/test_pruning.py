@@ -75,10 +75,12 @@ def test_selection_equals_brute_force_on_real_scores(net):
 
 def groups_and_scores(widths, gates_of):
     """Made-up groups: one per letter, with so many gates and channels."""
-    groups = [
-        ChannelGroup(f"{n}0", tuple(f"{n}{i}" for i in range(gates_of[n])), (n,), (n,), (n,))
-        for n in widths
-    ]
+    groups, entry = [], 0
+    for name, scores in widths.items():
+        gates = tuple(f"{name}{i}" for i in range(gates_of[name]))
+        entries = tuple(range(entry, entry := entry + len(gates)))
+        places = {layer: torch.arange(len(scores))[:, None] for layer in (*gates, name)}
+        groups.append(ChannelGroup(f"{name}0", gates, (name,), (), places, {}, entries))
     return groups, {
         f"{n}0": torch.tensor(scores, dtype=torch.float32) for n, scores in widths.items()
     }
@@ -259,8 +261,9 @@ def test_with_scope_layer_every_group_loses_the_same_share_by_its_own_ranking(ra
     that the cut falls on.
     """
     stream = torch.Generator().manual_seed(8)
-    widths = {"a": 16, "b": 64, "c": 7, "d": 32}
-    groups = [ChannelGroup(n, (n,), (f"{n}.norm",), (n,), ()) for n in widths]
+    widths = {"a0": 16, "b0": 64, "c0": 7, "d0": 32}
+    equal = {name[0]: [0] * width for name, width in widths.items()}
+    groups, _ = groups_and_scores(equal, dict.fromkeys(equal, 1))
     # Scores of quite different sizes: of no account within a group.
     scores = {
         n: 10.0**k * torch.rand(w, generator=stream) for k, (n, w) in enumerate(widths.items())

@@ -51,8 +51,6 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def _width(layer: nn.Module, side: str) -> int:
     """The number of outputs or inputs of a layer."""
-    if isinstance(layer, Gate):
-        return layer.gate.shape[1]
     outputs = ("out_channels", "out_features", "num_features", "num_parameters")
     names = outputs if side == "outputs" else ("in_channels", "in_features")
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
