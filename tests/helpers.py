@@ -13,7 +13,7 @@ from torch import nn
 
 import gfbs_cifar
 import train
-from models import Gate, GatedModel, build_model
+from models import Gate, GatedModel, build_model, group_widths
 from utils.checkpoint import load_model
 from utils.data.batches import Split
 from utils.data.small import image_batches
@@ -123,7 +123,7 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def random_plan(model, seed, share=None):
     random.seed(seed)
     keep = {}
-    for name, width in model.group_widths().items():
+    for name, width in group_widths(model).items():
         count = max(1, round(width * (random.random() if share is None else share)))
         keep[name] = sorted(random.sample(range(width), count))
     return PruningPlan(keep)
