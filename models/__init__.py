@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from models import trace as tracing
 from models.densenet import GateDenseNet
 from models.gate import Gate
 from models.gated import GatedModel
@@ -15,7 +16,7 @@ from models.groups import ChannelGroup, replace_head, reset_parameters, structur
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet
-from models.trace import channel_groups, group_widths, trace
+from models.trace import channel_groups, group_widths
 from models.vgg import GateVGG
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "replace_head",
     "reset_parameters",
     "structure",
-    "trace",
 ]
 
 # Name -> callable that takes num_classes and returns a GatedModel. A new network is one more line.
@@ -123,4 +123,4 @@ def build_model(net: str, num_classes: int | None = None, image_size: int = 224)
     model = construct(net, num_classes)
     if isinstance(model, GatedModel):
         return model
-    return trace(model, torch.empty(1, 3, image_size, image_size), net)
+    return tracing.trace(model, torch.empty(1, 3, image_size, image_size), net)

@@ -90,8 +90,9 @@ def test_no_file_decides_which_code_is_imported(tmp_path, monkeypatch):
 
 def test_groups_that_do_not_fit_are_damage(tmp_path):
     model = build_model(MINE, 4, 16)
-    structure(model).groups[0].outputs["nothing"] = torch.zeros(12, 1, dtype=torch.long)
-    structure(model).kept = {structure(model).groups[0].name: [0]}
+    group = structure(model).groups[0]
+    group.outputs["nothing"] = torch.zeros(group.width, 1, dtype=torch.long)
+    structure(model).kept = {group.name: [0]}
     save_checkpoint(tmp_path / "a.pth", model)
     with pytest.raises(InputError, match="damaged, or of another version of networks:mine"):
         load_model(tmp_path / "a.pth", net=MINE)

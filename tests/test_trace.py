@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from helpers import random_batch, random_model, random_plan, relative_difference, settle
 from torch import nn
 
-from models import Gate, channel_groups, group_widths, structure, trace
-from utils.pruning import PruningPlan, select_channels
+from models import Gate, channel_groups, group_widths, structure
+from models.trace import trace
+from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.saliency import CRITERIA, channel_saliency
 from utils.surgery import first_difference, prune
 
@@ -107,15 +108,12 @@ def test_scores_without_gates_are_those_with_gates(criterion):
 
 def test_a_channel_counts_once_for_each_place_in_its_first_norm():
     groups = {group.name: group for group in channel_groups(network_of(networks.Shuffle))}
-    assert len(groups["b.1"].entries) == 3 and groups["b.1"].width == 4
-    scores = {
-        name: torch.rand(width)
-        for name, width in group_widths(network_of(networks.Shuffle)).items()
-    }
+    assert len(groups["b.1"].entries) == 6 and groups["b.1"].width == 2
+    assert Ranking([groups["b.1"]], {"b.1": torch.rand(2)}).entries == 12
+    scores = {name: torch.rand(group.width) + (name == "b.1") for name, group in groups.items()}
     places = sum(len(group.entries) * group.width for group in groups.values())
-    plan = select_channels([*groups.values()], scores, 0.5)
-    kept = sum(len(groups[name].entries) * len(keep) for name, keep in plan.keep.items())
-    assert places // 2 <= kept < places // 2 + 3
+    plan = select_channels([*groups.values()], scores, 1 - 6 / places)
+    assert {len(keep) for keep in plan.keep.values()} == {1}
 
 
 def test_scoring_changes_nothing_and_takes_any_loss():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, get_num_threads, nn
 from torch.profiler import profile
 
-from models import IMAGENET_NETWORKS, Gate, build_model, channel_groups
+from models import IMAGENET_NETWORKS, Gate, build_model, channel_groups, structure
 from utils.cost import model_cost
 from utils.data.small import CIFAR10_NORMALISATION, ImageBatches, ImageSet
 from utils.distributed import Runtime
@@ -184,7 +184,7 @@ def score_select_cut(
 def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:
     from torch_pruning import importance, pruner
 
-    head, taylor = model.get_submodule(model.head), importance.GroupTaylorImportance()
+    head, taylor = model.get_submodule(structure(model).head), importance.GroupTaylorImportance()
     options = {"global_pruning": True, "pruning_ratio": p, "ignored_layers": [head]}
     pruning = pruner.BasePruner(model, images[:1], taylor, **options)
     forward_backward(model, images, labels)

@@ -71,7 +71,8 @@ def check_batch(model: nn.Module, image_size: int, images: int, flag: str) -> No
 @contextmanager
 def head_alone(model: nn.Module) -> Iterator[None]:
     """Inside this context, only the classifier can be trained."""
-    head = {id(parameter) for parameter in model.get_submodule(structure(model).head).parameters()}
+    layer = model.get_submodule(structure(model).head)
+    head = {id(parameter) for parameter in layer.parameters()}
     body = [p for p in model.parameters() if p.requires_grad and id(p) not in head]
     for parameter in body:
         parameter.requires_grad_(False)
