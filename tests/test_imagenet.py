@@ -394,5 +394,5 @@ def test_published_defaults():
     args = gfbs_imagenet.parse_args(["--data_dir", "x", "--no_checkpoint_activations"])
     assert not args.checkpoint_activations
     assert (args.net, args.p, args.epochs, args.train_bs) == ("resnet50", 0.4, 120, 512)
-    assert (args.score_images, args.workers, args.seed, args.image_size) == (512, 4, 1, 224)
+    assert (args.score_images, args.workers, args.seed, args.image_size) == (512, 4, 1, None)
     assert json.dumps(vars(args))  # fit for config.json

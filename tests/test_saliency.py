@@ -199,7 +199,9 @@ def test_random_scores_are_drawn_from_the_generator():
 
 def test_a_new_criterion_is_a_function_and_a_line(monkeypatch):
     """As the README shows."""
-    gradient = Criterion(lambda group, w_beta: group.gamma_grad.abs().mean(0), gradients="norms")
+    gradient = Criterion(
+        lambda group, w_beta: group.rows(group.gamma_grad).abs().mean(0), gradients="norms"
+    )
     monkeypatch.setitem(CRITERIA, "gradient", gradient)
     model, (images, labels) = random_model("gatevgg11"), random_batch()
     scores = channel_saliency(model, images, labels, criterion="gradient")

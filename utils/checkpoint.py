@@ -15,6 +15,7 @@ A checkpoint of ours is a dict of plain values and tensors, which ``torch.load``
 import hashlib
 import io
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,7 +246,8 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     _check_fits(model, state)
     types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(reduce(torch.promote_types, types))
-    given = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+    given = OrderedDict((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
+    given._metadata = model.state_dict()._metadata  # some layers ask for the version of their names
     model.load_state_dict(given, strict=False)
     return model
 
