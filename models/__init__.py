@@ -4,6 +4,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +31,12 @@ __all__ = [
     "channel_groups",
     "check_network",
     "construct",
+    "from_torchvision",
     "group_widths",
     "replace_head",
     "reset_parameters",
     "structure",
+    "torchvision_networks",
 ]
 
 # Name -> callable that takes num_classes and returns a GatedModel. A new network is one more line.
@@ -61,6 +64,15 @@ def torchvision_networks() -> list[str]:
     import torchvision.models  # here, because it takes seconds
 
     return torchvision.models.list_models(module=torchvision.models)
+
+
+def from_torchvision(net: str, **options: Any) -> nn.Module:
+    """A classifier of torchvision with fresh weights."""
+    import torchvision.models
+
+    if net in AUXILIARY:
+        options |= {"aux_logits": False, "init_weights": False}
+    return torchvision.models.get_model(net, weights=None, **options)
 
 
 def check_network(net: str, known: Sequence[str] | None = None) -> str:
@@ -94,10 +106,7 @@ def construct(net: str, num_classes: int | None = None) -> nn.Module:
         return model
     if ":" in name:
         return _factory(name)(**options)
-    import torchvision.models
-
-    without = dict.fromkeys(("aux_logits", "init_weights"), False) if name in AUXILIARY else {}
-    return torchvision.models.get_model(name, weights=None, **without, **options)
+    return from_torchvision(name, **options)
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:

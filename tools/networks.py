@@ -1,0 +1,170 @@
+"""Try every classifier of torchvision that has BatchNorm, and twenty networks of timm.
+
+    python -m tools.networks docs/networks.md                 all of them: about an hour
+    python -m tools.networks resnet18.md --only resnet18      one of them
+
+Half of the channels go, chosen at random. The pruned network must compute what the masked one does,
+in float64. Needs requirements-dev.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models import channel_groups, from_torchvision, torchvision_networks
+from models.gate import deployable
+from models.trace import trace
+from tools import export
+from tools.measures import with_torch_pruning
+from utils.cli.parser import Parser, run_script
+from utils.cost import model_cost
+from utils.files import write_text
+from utils.pruning import select_channels
+from utils.saliency import channel_saliency
+from utils.surgery import prune
+
+TIMM = [
+    "cspdarknet53",
+    "cspresnet50",
+    "densenet121",
+    "dla34",
+    "dpn68",
+    "ecaresnet26t",
+    "efficientnet_lite0",
+    "ese_vovnet19b_dw",
+    "fbnetc_100",
+    "ghostnet_100",
+    "hrnet_w18_small",
+    "lcnet_050",
+    "mixnet_s",
+    "mobilenetv3_large_100",
+    "regnetx_002",
+    "res2net50_26w_4s",
+    "resnet50d",
+    "rexnet_100",
+    "seresnet50",
+    "tf_efficientnetv2_b0",
+]
+EXPORTED = {
+    "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet1_0", "mobilenet_v2",
+    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x1_0",
+    "vgg11_bn",
+}  # fmt: skip
+OTHER_SIZES = {"inception_v3": 75, "maxvit_t": 224}
+TITLE = """# Networks without gates
+
+Written by `python -m tools.networks {page}`, with torch {torch} on the CPU. Weights are random, the input has 64x64
+pixels (inception_v3: 75, maxvit_t: 224). *Free* is the share of the channels behind a BatchNorm that can go. The rest
+is at `--p 0.5 --criterion random`: MACs and parameters that are left, and the largest difference between the logits
+of the pruned and the masked network, in float64, divided by the largest logit. *Torch-Pruning* says whether its
+`GroupTaylorImportance` pruner cuts the same network at the same ratio, or its error. *Exported* is the largest
+difference of the logits of the pt2 file.
+
+| network | free | MACs left | parameters left | pruned - masked | Torch-Pruning | exported |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, prog="python -m tools.networks")
+    parser.add_argument("page", help="the Markdown file to write")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these only; timm's as timm:NAME")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page, and return how many networks are not exact."""
+    names = args.only or [
+        *filter(has_batch_norm, torchvision_networks()),
+        *(f"timm:{n}" for n in TIMM),
+    ]
+    text, exact = TITLE.format(page=args.page, torch=torch.__version__), 0
+    for name in names:
+        row = apart(cut_in_half, name) | apart(cut_by_torch_pruning, name)
+        text += f"| {name} | " + " | ".join(row.values()) + " |\n"
+        exact += row["difference"].startswith("exact")
+        print(name, *row.values(), sep="  ", flush=True)
+        write_text(Path(args.page), f"{text}\n{exact} of {len(names)} are exact (below 1e-10).\n")
+    return len(names) - exact
+
+
+def apart(measure: Callable[[str], dict[str, str]], name: str) -> dict[str, str]:
+    """In a process of its own, so that memory is given back, and a crash is a cell."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(measure, name).result()
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
+            keys = ("free", "macs", "params", "difference", "exported")
+            failed = (
+                {"theirs": said} if measure is cut_by_torch_pruning else dict.fromkeys(keys, "")
+            )
+            return failed if "theirs" in failed else failed | {"difference": said}
+
+
+def network_of(name: str) -> tuple[nn.Module, int]:
+    """A network with random weights, and the side of its images."""
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm:"), pretrained=False), 64
+    return from_torchvision(name), OTHER_SIZES.get(name, 64)
+
+
+def has_batch_norm(name: str) -> bool:
+    with torch.device("meta"):
+        return any(isinstance(module, _BatchNorm) for module in network_of(name)[0].modules())
+
+
+def cut_in_half(name: str) -> dict[str, str]:
+    """Trace, mask and prune."""
+    model, size = network_of(name)
+    model = trace(model, torch.empty(1, 3, size, size), name).double().eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    free = sum(group.outputs[group.norms[0]].numel() for group in channel_groups(model))
+    for norm in norms:
+        nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias, 0, 0.2)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    saliency = channel_saliency(model, images, None, criterion="random")
+    plan, before = select_channels(channel_groups(model), saliency, 0.5), model_cost(model, size)
+    with torch.no_grad():
+        expected = plan.apply_mask(model)(images)
+        found = prune(model, plan)(images)  # of what was masked only zeros go
+    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    after, exported = model_cost(model, size), ""
+    if name in EXPORTED:
+        with tempfile.TemporaryDirectory() as folder:
+            export.write(deployable(model), size, file := Path(folder) / "network.pt2")
+            exported = f"{export.largest_difference(model, export.read(file), size):.0e}"
+    return {
+        "free": f"{100 * free / sum(norm.num_features for norm in norms):.0f} %",
+        "macs": f"{100 * after.macs / before.macs:.0f} %",
+        "params": f"{100 * after.params / before.params:.0f} %",
+        "difference": f"{'exact' if difference < 1e-10 else 'differs'}, {difference:.0e}",
+        "exported": exported,
+    }
+
+
+def cut_by_torch_pruning(name: str) -> dict[str, str]:
+    """Whether Torch-Pruning cuts the same network, and the result still runs."""
+    model, size = network_of(name)
+    trace(model, torch.empty(1, 3, size, size), name)  # names the classifier
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 1])
+    with torch.no_grad():
+        with_torch_pruning(model, images, labels, 0.5).eval()(images)
+    return {"theirs": "runs"}
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(parse_args, main))
