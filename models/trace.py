@@ -81,7 +81,7 @@ def read_groups(
     shapes = on_meta(model).eval()
     try:
         tracer = Tracer(example.to("meta"))
-        walk = Walk(fx.GraphModule(shapes, tracer.trace(shapes)))
+        walk = Walk(shapes, tracer.trace(shapes))
         with torch.no_grad():
             output = walk.run(example.to("meta"))
     except (fx.proxy.TraceError, RuntimeError, TypeError, NotImplementedError) as error:

@@ -48,8 +48,9 @@ class Walk(fx.Interpreter):
         head: the name of the layer whose outputs are the network's output; empty if there is none.
     """
 
-    def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph)
+    def __init__(self, model: nn.Module, graph: fx.Graph):
+        super().__init__(fx.GraphModule(model, graph))
+        self.layers = dict(model.named_modules())
         self.numbers, self.notes, self.head = Numbers(), [], ""
         self.touched: dict[tuple[str, str], Tensor] = {}
         self.behind: dict[str, set[str]] = defaultdict(set)  # norm -> the operations that follow
@@ -84,7 +85,7 @@ class Walk(fx.Interpreter):
         layer.
         """
         if node.op == "call_module":
-            module = self.fetch_attr(node.target)
+            module = self.layers[node.target]
             known = self._layer_rule(node.target) is not None
             return module, rule_name(type(module)), node.target if known else None
         if node.op == "call_method":
@@ -102,7 +103,7 @@ class Walk(fx.Interpreter):
         return node.target, name, None
 
     def _layer_rule(self, name: str) -> Callable | None:
-        module = self.fetch_attr(name) if name else self.module
+        module = self.layers[name]
         kinds = {
             _ConvTransposeNd: self._convolution, _ConvNd: self._convolution,
             nn.Linear: self._linear, _BatchNorm: self._norm, nn.PReLU: self._prelu,
@@ -162,7 +163,7 @@ class Walk(fx.Interpreter):
         return Traced(out, channels.view(shape).expand(out.shape), silent=True)
 
     def _convolution(self, layer: str, call: Call) -> Traced:
-        conv, x = self.fetch_attr(layer), call.values[0]
+        conv, x = self.layers[layer], call.values[0]
         groups, per_group = conv.groups, conv.in_channels // conv.groups
         if is_depthwise(conv):  # input i makes its own outputs; a masked one has no weights
             channels = self._channels(x)
@@ -190,13 +191,13 @@ class Walk(fx.Interpreter):
             self.numbers.fix(call.values[0].index)
         for user in call.node.users:
             is_module = user.op == "call_module"
-            follows = type(self.fetch_attr(user.target)) if is_module else user.target
+            follows = type(self.layers[user.target]) if is_module else user.target
             self.behind[layer].add(rule_name(follows))
-        return self._passes(layer, call, self.fetch_attr(layer).affine)
+        return self._passes(layer, call, self.layers[layer].affine)
 
     def _prelu(self, layer: str, call: Call) -> Traced:
         x = call.values[0]
-        if self.fetch_attr(layer).num_parameters == 1:
+        if self.layers[layer].num_parameters == 1:
             return Traced(call.out, x.index, x.silent)
         return self._passes(layer, call, x.silent)
 
