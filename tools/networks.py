@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def apart(measure: Callable[[str], list[str]], name: str) -> list[str]:
-    """The cells of a row, from a process of its own: memory is given back, and a crash is a cell."""
+    """The cells of a row, from a process of its own: it gives its memory back, and may crash."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
             return process.submit(measure, name).result()
