@@ -189,11 +189,17 @@ class Walk(fx.Interpreter):
         if (layer, "outputs") in self.touched:
             self.notes.append(f"{layer}: runs twice, so its gradients mix; its channels stay")
             self.numbers.fix(call.values[0].index)
-        for user in call.node.users:
-            is_module = user.op == "call_module"
-            follows = type(self.layers[user.target]) if is_module else user.target
-            self.behind[layer].add(rule_name(follows))
+        self.behind[layer] |= self._followers(call.node)
         return self._passes(layer, call, self.layers[layer].affine)
+
+    def _followers(self, node: fx.Node) -> set[str]:
+        """The names of the operations that read the result of a node."""
+        found = set()
+        for user in node.users:
+            module = user.op == "call_module" and self.layers[user.target]
+            name = rule_name(type(module) if module else user.target)
+            found |= self._followers(user) if name in ("identity", "dropout") else {name}
+        return found
 
     def _prelu(self, layer: str, call: Call) -> Traced:
         x = call.values[0]
