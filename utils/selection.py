@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from models import channel_groups, group_widths
 from models.trace import on_meta
-from utils.cost import Cost, model_cost
+from utils.cost import Cost, Latency, latency, model_cost
 from utils.errors import InputError
 from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.surgery import prune
@@ -23,17 +24,19 @@ class Goal:
     """How much is to go.
 
     Attributes:
-        kind: with ``p``, ``value`` is the share of the gate entries to cut; with ``macs`` or
-            ``params``, it is the largest share of these that may stay.
+        kind: with ``p``, ``value`` is the share of the gate entries to cut; with ``macs``,
+            ``params`` or ``latency``, it is the largest share of these that may stay.
         value: a share.
+        batch: images at once, where time is measured.
         min_channels, round_to, scope: see ``utils.pruning.Ranking``.
     """
 
-    kind: Literal["p", "macs", "params"]
+    kind: Literal["p", "macs", "params", "latency"]
     value: float
     min_channels: int = 1
     round_to: int = 1
     scope: str = "global"
+    batch: int = 64
 
     def at(self, share: float) -> Goal:
         """The goal of a round that is to reach only this ``share`` of the way to the goal."""
@@ -53,7 +56,8 @@ def select(
     saliency: Mapping[str, Tensor],
     goal: Goal,
     image_size: int,
-    before: Mapping[str, int],
+    before: Mapping[str, Any],
+    log: Callable[[str], None] = print,
 ) -> PruningPlan:
     """The most salient channels of a network that meet a goal.
 
@@ -62,7 +66,9 @@ def select(
         saliency: scores (C,) by group name.
         goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
-        before: ``gate_entries``, ``macs``, ``params`` before any cut; the goal is a share of them.
+        before: ``gate_entries``, ``macs``, ``params`` and, for a goal of time, the ``network``
+            before any cut; the goal is a share of them.
+        log: is told of the time that was measured.
 
     Raises InputError if even the smallest plan costs more than the goal allows.
     """
@@ -71,6 +77,10 @@ def select(
         entries = before["gate_entries"]
         return select_channels(groups, saliency, goal.value, entries=entries, **goal.limits)
     ranking = Ranking(groups, saliency, **goal.limits)
+    if goal.kind == "latency":
+        plan, found = select_by_time(model, ranking, image_size, goal, before["network"])
+        log(f"--latency {goal.value:g}: {found}, {goal.batch} images at once")
+        return plan
     return select_within(model, ranking, image_size, goal.kind, before[goal.kind] * goal.value)
 
 
@@ -101,9 +111,38 @@ def select_within(
     return ranking.plan(beyond - 1)
 
 
+def select_by_time(
+    model: nn.Module, ranking: Ranking, image_size: int, goal: Goal, unpruned: nn.Module
+) -> tuple[PruningPlan, Latency]:
+    """A large plan of a ranking whose measured time is at most the goal's share, and that time.
+
+    The time is found by bisection. It is noisy and does not always fall with the width: so the plan
+    that was found is timed once more, for longer, and lowered until it keeps to the goal.
+
+    Raises InputError, with the least time that was measured, if no plan keeps to it.
+    """
+
+    def timed(kept: int, turns: int) -> tuple[PruningPlan, Latency]:
+        plan = ranking.plan(kept)
+        pruned = prune(copy.deepcopy(model), plan)
+        return plan, latency((unpruned, pruned), image_size, goal.batch, turns)
+
+    kept = bisect.bisect_right(
+        range(ranking.entries), goal.value, key=lambda kept: timed(kept, 3)[1].share
+    )
+    while True:
+        kept = max(0, kept - 1)
+        plan, found = timed(kept, 7)
+        if found.share <= goal.value:
+            return plan, found
+        if kept == 0:
+            raise InputError(f"--latency {goal.value:g}: at least {found}")
+        kept -= ranking.entries // 100  # a hundredth of the network less
+
+
 def check_goal(model: nn.Module, goal: Goal, image_size: int) -> None:
     """Raise InputError if even the smallest plan costs more than the goal allows."""
-    if goal.kind == "p":
+    if goal.kind in ("p", "latency"):  # a plan that is too slow is refused when it is measured
         return
     equal = {name: torch.zeros(width) for name, width in group_widths(model).items()}
     smallest = Ranking(channel_groups(model), equal, **goal.limits).plan(0)

@@ -88,13 +88,17 @@ def pruning(args: Namespace, model: nn.Module, published: Recipes) -> Pruning:
         way = (*rounds.new_head(recipes, args.head_epochs), *way)
     batch = args.score_images, args.score_seed, args.checkpoint_activations
     scoring = Scoring(args.criterion, args.w_beta, *batch, args.seed)
-    goal = Goal(*_how_much(args), args.min_channels, args.round_to, args.scope)
+    limits = args.min_channels, args.round_to, args.scope, args.latency_bs
+    goal = Goal(*_how_much(args), *limits)
     return Pruning(scoring, goal, way, args.recalibrate, method)
+
+
+GOALS = ("p", "macs", "params", "latency")
 
 
 def _how_much(args: Namespace) -> tuple[str, float]:
     """The one flag that says how much to cut, and its value."""
-    values = {kind: getattr(args, kind) for kind in ("p", "macs", "params")}
+    values = {kind: getattr(args, kind) for kind in GOALS}
     return next((kind, value) for kind, value in values.items() if value is not None)
 
 
@@ -104,7 +108,7 @@ def new_record(args: Namespace, asked: Pruning | None = None) -> Record:
     if asked:
         record.criterion, record.method = args.criterion, asked.method
         record.ratio = {"asked": args.p, "reached": 0.0}
-        record.budget = {"macs": args.macs, "params": args.params}
+        record.budget = {kind: getattr(args, kind) for kind in GOALS if kind != "p"}
     return record
 
 
@@ -191,7 +195,7 @@ def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
                 parser.error(f"--{flag} means --criterion {criterion}, not {args.criterion}")
             args.criterion = criterion
     del args.beta, args.no_beta, args.beta_only
-    if args.macs is not None or args.params is not None:
+    if any(getattr(args, kind) is not None for kind in GOALS[1:]):
         args.p = None
     args.defaults["scope"] = CRITERIA[args.criterion].scope
     args.scope = args.scope or args.defaults["scope"]
@@ -231,7 +235,7 @@ def configuration(args: Namespace, baseline: str | None = None) -> dict[str, Any
 
 # Settings that already have a place in the name of a run or of its parent folder. channels_last has
 # none, so that runs from before it was the default are found again.
-NAMED = {"net", "dataset", "criterion", "p", "macs", "params", "seed", "channels_last"}
+NAMED = {"net", "dataset", "criterion", *GOALS, "seed", "channels_last"}
 NAMED |= {"smooth", "steps", "from_scratch"}
 
 

@@ -12,12 +12,14 @@ from torch.optim.swa_utils import update_bn
 
 from models import GatedModel, structure
 from utils.checkpoint import load_checkpoint
+from utils.cost import Latency, latency
 from utils.data.batches import Batches, Data
 from utils.errors import RunError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.run.folder import RunFolder
 from utils.run.record import KINDS, Json, Measurement
+from utils.run.rounds import Pruning
 from utils.run.state import RunState
 from utils.surgery import first_difference, prune
 
@@ -66,14 +68,24 @@ def prune_checked(model: nn.Module, plan: PruningPlan, data: Data) -> nn.Module:
 
 
 def measure_cut(
-    run: RunFolder, state: RunState, pruned: nn.Module, plan: PruningPlan, data: Data, count: int
+    run: RunFolder,
+    state: RunState,
+    networks: tuple[nn.Module, nn.Module],
+    plan: PruningPlan,
+    data: Data,
+    asked: Pruning,
 ) -> None:
-    """Evaluate a network right after surgery, and save it as pruned.pth.
+    """Evaluate and time a network right after surgery, and save it as pruned.pth.
 
-    If ``count`` is not 0, recalibrate it on so many batches, and evaluate it once more.
+    ``networks`` are the unpruned and the pruned one. With ``asked.recalibrate``, the pruned one is
+    recalibrated on so many batches, and evaluated once more.
     """
+    _, pruned = networks
     after, recalibrated = Measurement.of(pruned, data, run.runtime), None
-    run.log(f"after surgery: {after}")
+    times = run.runtime.on_main(lambda: time_of(networks, data.about.image_size, asked.goal.batch))
+    run.log(f"after surgery: {after}; {times[-1].share:.0%} of the time")
+    state.record.note_time(times)
+    count = asked.recalibrate
     if count:
         recalibrate(pruned, data.train, count)
         recalibrated = evaluate(pruned, data.test, run.runtime)
@@ -82,6 +94,14 @@ def measure_cut(
     accuracy = (recalibrated or after.metrics).accuracy
     run.save("pruned.pth", pruned, **data.about.metadata(), accuracy=accuracy)
     run.board.draw_surgery(state.record)
+
+
+def time_of(networks: tuple[nn.Module, nn.Module], size: int, batch: int) -> list[Latency]:
+    """The time of one image, and of a batch if that takes about two seconds at most."""
+    times = [latency(networks, size, 1, turns=3)]
+    if 6 * batch * times[0].before <= 2:
+        times.append(latency(networks, size, batch, turns=3))
+    return times
 
 
 def recalibrate(model: nn.Module, train: Batches, count: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
 from models import channel_groups, group_widths
-from utils.cost import Cost, model_cost
+from utils.cost import Cost, Latency, model_cost
 from utils.data.batches import Data
 from utils.distributed import Runtime
 from utils.finetune import Epoch, evaluate
@@ -60,8 +60,10 @@ class Record:
     criterion: str | None = None  # what scores a channel
     method: str | None = None  # the rounds in words
     ratio: Json | None = None  # of the gate entries: asked (None with a budget) and reached
-    budget: Json | None = None  # shares of macs or params that may stay; None for the other
+    budget: Json | None = None  # shares of macs, params or latency that may stay; else None
     baseline: Json | None = None  # config of the run that made it, if its file holds one
+    # Milliseconds that inference takes, before and after, and their spread; by images at once.
+    latency: Json | None = None
     gate_entries: dict[str, int] | None = None  # before and after
     channels: dict[str, dict[str, int]] | None = None  # before and after, by group
     held_at_floor: list[str] | None = None  # groups that keep more than selected: the minimum
@@ -129,6 +131,10 @@ class Record:
         sizes = {"gate_entries": self.gate_entries, **self.cost}
         return {name: size["before"] for name, size in sizes.items()}
 
+    def note_time(self, times: Sequence[Latency]) -> None:
+        """Note what inference takes before any cut and now, measured in turn."""
+        self.latency = {str(time.batch): time.in_ms() for time in times}
+
     def add_epoch(self, epoch: Epoch, round_number: int, tested_on: str) -> None:
         self.history.append({**asdict(epoch), "round": round_number, "tested_on": tested_on})
 
@@ -180,6 +186,15 @@ def _sizes(record: Record) -> list[str]:
         if (asked := record.budget[name]) is not None:
             reached = f"asked at most {100 * asked:.2f} %, reached {100 * share:.2f} %"
             kept.append(f"  {title} kept: {reached}")
+    for batch, time in (record.latency or {}).items():
+        before, after = time["before"], time["after"]
+        title = f"time of {batch} image{'s' * (batch != '1')}, ms"
+        lines.append(
+            f"  {title:<28}{before:10.3f}{after:10.3f}{100 * (1 - after / before):10.1f} %"
+        )
+    if (asked := record.budget.get("latency")) is not None:
+        reached = f"asked at most {100 * asked:.2f} %, reached {100 * after / before:.2f} %"
+        kept.append(f"  time kept: {reached}")
     return [*lines, "", *kept]
 
 
