@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace as fx_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
@@ -36,7 +37,14 @@ class Tracer(fx.Tracer):
         graph.graph_copy(self.graph, copies)
         graph.output(copies[proxy.node])
         graph.eliminate_dead_code()
-        return bool(fx.Interpreter(fx.GraphModule(self.root, graph)).run(self.example))
+        # fx has replaced these two, to record what runs; here it has to run.
+        patched = nn.Module.__call__, nn.Module.__getattr__
+        nn.Module.__call__ = fx_trace._orig_module_call
+        nn.Module.__getattr__ = fx_trace._orig_module_getattr
+        try:
+            return bool(fx.Interpreter(fx.GraphModule(self.root, graph)).run(self.example))
+        finally:
+            nn.Module.__call__, nn.Module.__getattr__ = patched
 
 
 class Walk(fx.Interpreter):

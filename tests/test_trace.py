@@ -167,7 +167,7 @@ def test_what_cannot_be_pruned_is_one_line(said):
 
 
 def test_a_branch_by_size_is_taken_as_the_example_takes_it():
-    model = trace(Odd(lambda net, x: net.b(net.a(x)) if x.shape[-1] > 8 else net.a(x)), EXAMPLE)
+    model = trace(Odd(lambda n, x: n.b(n.a(x)) if n.a(x).shape[-1] > 8 else n.a(x)), EXAMPLE)
     assert set(group_widths(model)) == {"a.1", "b.1"}
 
 
