@@ -36,13 +36,14 @@ class Tracer(fx.Tracer):
         graph, copies = fx.Graph(), {}
         graph.graph_copy(self.graph, copies)
         graph.output(copies[proxy.node])
-        graph.eliminate_dead_code()
         # fx has replaced these two, to record what runs; here it has to run.
         patched = nn.Module.__call__, nn.Module.__getattr__
         nn.Module.__call__ = fx_trace._orig_module_call
         nn.Module.__getattr__ = fx_trace._orig_module_getattr
         try:
-            return bool(fx.Interpreter(fx.GraphModule(self.root, graph)).run(self.example))
+            module = fx.GraphModule(self.root, graph)
+            module.graph.eliminate_dead_code()
+            return bool(fx.Interpreter(module).run(self.example))
         finally:
             nn.Module.__call__, nn.Module.__getattr__ = patched
 
