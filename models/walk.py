@@ -103,11 +103,13 @@ class Walk(fx.Interpreter):
         known = any(source[: len(p.split("."))] == p.split(".") for p in LIBRARIES)
         name = rule_name(node.target) if known else ""
         if name.startswith(("conv", "linear", "batchnorm", "prelu")):
-            owners = {a.target.rpartition(".")[0] for a in node.args if _is_attribute(a)}
-            owners |= {
-                a.target.rpartition(".")[0] for a in node.kwargs.values() if _is_attribute(a)
-            }
-            if len(owners) == 1 and self._layer_rule(owner := owners.pop()):
+            others = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
+            own = {a.target for a in others if a.op == "get_attr"}
+            owner = next((n.removesuffix(".weight") for n in own if n.endswith(".weight")), None)
+            computed = len(own) < len(set(others)) or any(
+                not n.startswith(f"{owner}.") for n in own
+            )
+            if owner and not computed and self._layer_rule(owner):
                 return node.target, name, owner
         return node.target, name, None
 
@@ -223,10 +225,6 @@ class Walk(fx.Interpreter):
         """A layer of ours that copies channels: surgery edits either side on its own."""
         self._reads(layer, call.values[0])
         return self._makes(layer, call.out, self.numbers.new(call.out.size(1)))
-
-
-def _is_attribute(arg: Any) -> bool:
-    return isinstance(arg, fx.Node) and arg.op == "get_attr"
 
 
 def is_depthwise(conv: _ConvNd) -> bool:
