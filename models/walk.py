@@ -104,12 +104,10 @@ class Walk(fx.Interpreter):
         name = rule_name(node.target) if known else ""
         if name.startswith(("conv", "linear", "batchnorm", "prelu")):
             others = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
-            own = {a.target for a in others if a.op == "get_attr"}
-            owner = next((n.removesuffix(".weight") for n in own if n.endswith(".weight")), None)
-            computed = len(own) < len(set(others)) or any(
-                not n.startswith(f"{owner}.") for n in own
-            )
-            if owner and not computed and self._layer_rule(owner):
+            names = {a.target if a.op == "get_attr" else "computed" for a in others}
+            owners = {name.rpartition(".")[0] for name in names}
+            owner = owners.pop() if len(owners) == 1 else ""
+            if f"{owner}.weight" in names and self._layer_rule(owner):
                 return node.target, name, owner
         return node.target, name, None
 
