@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import IMAGENET_NETWORKS, build_model
+from models import IMAGENET_NETWORKS, group_widths, structure
 from models.gate import folded_gates
+from models.groups import Structure
 from tools.export import read
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import flags, settings
@@ -52,7 +53,7 @@ class Exported(nn.Module):
         super().__init__()
         try:
             said = json.loads(Path(f"{path}.json").read_text())
-            self.net, self.num_classes = said["net"], said["output"]["shape"][1]
+            self.structure = Structure(said["output"]["shape"][1], "", said["net"])
             size, classes = said["input"]["shape"][2], said["classes"]
             self.meta = {**said["input"], "image_size": size, "classes": classes}
             self.cost = Cost(said["macs"], said["params"])
@@ -80,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=count_or_zero, default=4, metavar="N", help="to read large images")
     add("--per_class", action="store_true", help="top-1 accuracy of every class, too")
     add("--json", metavar="FILE", help="write everything into this file, too")
+    flags.add_loading_flag(parser)
     flags.add_normalisation_flags(parser)
     flags.add_device_flags(parser)
     args = parser.parse_args(argv)
@@ -107,12 +109,13 @@ def measure(path: Path, args: argparse.Namespace, runtime: Runtime) -> dict[str,
         network = model = Exported(path, runtime.device)
         file, channels = Checkpoint(model, model.meta), {}
     else:
-        file = load_checkpoint(path)
+        file = load_checkpoint(path, args.net)
         model = file.model.float().eval()
         network = runtime.for_evaluation(model)
-        whole, widths = build_model(model.net, model.num_classes), model.group_widths()
-        channels = {name: [widths[name], n] for name, n in whole.group_widths().items()}
-    usual = file.meta.get("image_size") or (224 if model.net in IMAGENET_NETWORKS else 32)
+        widths = group_widths(model)
+        channels = {g.name: [widths[g.name], g.width] for g in structure(model).groups}
+    net = structure(model).net
+    usual = file.meta.get("image_size") or (224 if net in IMAGENET_NETWORKS else 32)
     size = args.image_size or usual
     if isinstance(model, Exported) and size != usual:
         raise InputError(f"--image_size {size}: {path} takes images of {usual} pixels only")
@@ -131,7 +134,7 @@ def measure(path: Path, args: argparse.Namespace, runtime: Runtime) -> dict[str,
         for batch in BATCHES:
             images = torch.randn(batch, 3, size, size, device=runtime.device)
             numbers[f"ms, batch {batch}"] = 1e3 * seconds(partial(network, images))
-    row = {"file": str(path), "net": model.net, "image_size": size, "numbers": numbers}
+    row = {"file": str(path), "net": net, "image_size": size, "numbers": numbers}
     return row | {"top-1 by class, %": by_class, "channels": channels}
 
 
@@ -148,7 +151,7 @@ def load_batches(
         root = Path(args.data)
         parts = [root / name for name in small.TEST_FOLDERS if (root / name).is_dir()]
         samples, classes = list_images([*parts, root][0])
-        large = file.model.net in IMAGENET_NETWORKS or bool(file.meta.get("resize"))
+        large = structure(file.model).net in IMAGENET_NETWORKS or bool(file.meta.get("resize"))
         usual = folders.IMAGENET_NORMALISATION if large else small.CIFAR10_NORMALISATION
         pixels, _ = choose_normalisation(typed, file.meta, usual)
         about = About("imagenet" if large else "folder", classes, size, pixels)
