@@ -30,25 +30,22 @@ def make_result(folder, *, seed=1, criterion="gfbs", p=0.5, method="one shot", *
     """Write a result.json; ``config``, ``baseline`` and ``accuracy`` add to the usual ones."""
     draw = random.Random(f"{seed} {criterion} {p} {method} {changes}")
     smaller = (1 - p) * draw.uniform(0.9, 1)
-    config = {"net": "gateresnet20", "dataset": "cifar10", "criterion": criterion, "p": p,
-              "w_beta": 0.05, "epochs": 3, "score_images": 200, "classes": "10 (0123abcd)",
-              "seed": seed, "baseline": f"digest{seed}", **changes.pop("config", {})}  # fmt: skip
+    config = {"net": "gateresnet20", "dataset": "cifar10", "criterion": criterion, "p": p}
+    config |= {"w_beta": 0.05, "epochs": 3, "score_images": 200, "classes": "10 (0123abcd)"}
+    config |= {"seed": seed, "baseline": f"digest{seed}", **changes.pop("config", {})}
     told = changes.pop("baseline", {})
     baseline = None if told is None else {"epochs": 10, "seed": seed, **told}
-    accuracy = {"baseline": 90 + draw.random(), "after_surgery": 20 + draw.random(),
-                "last": 88 + draw.random(), "best": 89 + draw.random(), "best_epoch": 2,
-                **changes.pop("accuracy", {})}  # fmt: skip
-    result = {
-        "net": config["net"], "dataset": config["dataset"], "seed": seed, "criterion": criterion,
-        "method": method, "baseline": {"config": baseline}, "config": config,
-        "accuracy": accuracy, "top5": {"last": 99.5},
-        "cost": {"macs": {"before": 40_000_000, "after": round(40_000_000 * smaller)},
-                 "params": {"before": 270_000, "after": round(270_000 * smaller**2)}},
-        "channels": {n: {"before": w, "after": round(w * smaller)} for n, w in WIDTHS.items()},
-        "history": [{"images_per_second": speed, "round": 0} for speed in (100, 200)],
-        "versions": {"torch": "2.0", "commit": "abc1234"}, "wall_time_seconds": draw.random(),
-        **changes,
-    }  # fmt: skip
+    accuracy = {"baseline": 90 + draw.random(), "after_surgery": 20 + draw.random()}
+    accuracy |= {"last": 88 + draw.random(), "best": 89 + draw.random(), "best_epoch": 2}
+    result = {"net": config["net"], "dataset": config["dataset"], "seed": seed, "config": config}
+    result |= {"criterion": criterion, "method": method, "baseline": {"config": baseline}}
+    result |= {"accuracy": accuracy | changes.pop("accuracy", {}), "top5": {"last": 99.5}}
+    macs = {"before": 40_000_000, "after": round(40_000_000 * smaller)}
+    result["cost"] = {"macs": macs, "params": {"before": 270_000, "after": round(2e5 * smaller)}}
+    result["channels"] = {n: {"before": w, "after": round(w * smaller)} for n, w in WIDTHS.items()}
+    result["history"] = [{"images_per_second": speed, "round": 0} for speed in (100, 200)]
+    result |= {"versions": {"torch": "2.0", "commit": "abc1234"}}
+    result |= {"wall_time_seconds": draw.random(), **changes}
     write(folder, result)
     return result
 
@@ -100,9 +97,8 @@ def printed(text):
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path, show):
     made = make_results(tmp_path / "a", [{"seed": seed} for seed in (1, 2, 3)])
-    expected = {title: [result["accuracy"][name] for result in made]
-                for title, name in (("baseline", "baseline"), ("after surgery", "after_surgery"),
-                                    ("fine-tuned", "last"))}  # fmt: skip
+    names = {"baseline": "baseline", "after surgery": "after_surgery", "fine-tuned": "last"}
+    expected = {title: [run["accuracy"][name] for run in made] for title, name in names.items()}
     for title, name in (("MACs kept", "macs"), ("params kept", "params")):
         costs = [result["cost"][name] for result in made]
         expected[title] = [100 * cost["after"] / cost["before"] for cost in costs]
@@ -110,8 +106,8 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path, show):
     for title, values in expected.items():
         assert row[title] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     assert row["seeds"] == "3"
-    (alone,) = (row for row in printed(show([{"p": 0.3, "accuracy": {"last": None}}]))
-                if row["fine-tuned"] == "-")  # fmt: skip
+    rows = printed(show([{"p": 0.3, "accuracy": {"last": None}}]))
+    (alone,) = (row for row in rows if row["fine-tuned"] == "-")
     assert "±" not in alone["MACs kept"]
 
 
@@ -122,16 +118,14 @@ def test_csv_has_a_row_per_run_with_all_that_was_measured(tmp_path):
     assert row.keys() >= {*WHAT, *OUTCOME, *CIRCUMSTANCES}
     for name, value in made["accuracy"].items():
         assert float(row[name if name == "best_epoch" else f"top1_{name}"]) == value
-    expected = {
-        **{f"{of}_{when}": str(size) for of, cost in made["cost"].items()
-           for when, size in cost.items()},
-        "asked_of": "p", "asked": "0.5", "seed": "1", "score_seed": "", "torch": "2.0",
-        "commit": "abc1234", "threads": "", "amp": "bf16", "baseline": "digest1",
-        "baseline_epochs": "10", "images_per_second": "150", "top5_last": "99.5",
-        "channels": " ".join(f"{name}:{width['after']}/{width['before']}"
-                             for name, width in made["channels"].items()),
-    }  # fmt: skip
+    for of, cost in made["cost"].items():
+        assert [row[f"{of}_{when}"] for when in cost] == [str(size) for size in cost.values()]
+    expected = {"asked_of": "p", "asked": "0.5", "seed": "1", "score_seed": "", "torch": "2.0"}
+    expected |= {"commit": "abc1234", "threads": "", "amp": "bf16", "baseline": "digest1"}
+    expected |= {"baseline_epochs": "10", "images_per_second": "150", "top5_last": "99.5"}
     assert expected.items() <= row.items()
+    widths = (f"{name}:{n['after']}/{n['before']}" for name, n in made["channels"].items())
+    assert row["channels"] == " ".join(widths)
 
 
 def test_rows_are_kept_and_the_same_run_is_replaced(tmp_path):
@@ -154,26 +148,28 @@ def test_rows_are_kept_and_the_same_run_is_replaced(tmp_path):
 
 
 def test_only_seeds_are_averaged_and_the_rest_is_told(show):
-    text = show([{"seed": seed, **changes} for seed in (1, 2) for changes in (
-        {"config": {"score_seed": seed}}, {"config": {"w_beta": 0.0}},
-        {"baseline": {"epochs": 20}}, {"config": {"amp": "bf16", "cosine": True}},
-    )])  # fmt: skip
+    runs = [{"seed": seed, "config": {"score_seed": seed}} for seed in (1, 2)]
+    configs = ({"w_beta": 0.0}, {"amp": "bf16", "cosine": True})
+    runs += [{"seed": seed, "config": config} for seed in (1, 2) for config in configs]
+    text = show([*runs, *({"seed": seed, "baseline": {"epochs": 20}} for seed in (1, 2))])
     rows = printed(text)
     assert {row["seeds"] for row in rows} == {"2"}
-    assert {row["settings"] for row in rows} == {
-        "baseline_epochs 10, w_beta 0.05", "baseline_epochs 10, w_beta 0",
-        "baseline_epochs 20, w_beta 0.05", "amp bf16, baseline_epochs 10, cosine, w_beta 0.05",
-    }  # fmt: skip
+    expected = {f"baseline_epochs {told}" for told in ("10, w_beta 0.05", "10, w_beta 0")}
+    expected |= {"baseline_epochs 20, w_beta 0.05"}
+    expected |= {"amp bf16, baseline_epochs 10, cosine, w_beta 0.05"}
+    assert {row["settings"] for row in rows} == expected
     same = " ".join(text[: text.index("|")].split())
     for words in ("network gateresnet20", "criterion gfbs", "asked p 0.5", "score_images 200"):
         assert words in same and words not in text[text.index("|") :]
 
 
-@pytest.mark.parametrize("flag, values, experiments", [
-    ("round_to", [1, None], 1), ("round_to", [8, None], 2),  # without the flag it was 1
-    ("recalibrate", [0, None, 0.0], 1), ("weight_decay", [0, None], 2),  # 0, and none
-    ("cosine", [False, None], 1), ("cosine", [False, True], 2), ("lr", [0.1, 0.10, 0.2], 2),
-])  # fmt: skip
+ALIKE = (("round_to", [1, None]), ("recalibrate", [0, None, 0.0]), ("cosine", [False, None]))
+OTHERS = (("round_to", [8, None]), ("weight_decay", [0, None]), ("lr", [0.1, 0.10, 0.2]))
+
+
+@pytest.mark.parametrize(
+    "flag, values, experiments", [(*a, 1) for a in ALIKE] + [(*other, 2) for other in OTHERS]
+)
 def test_a_value_equals_itself_and_a_missing_flag_is_off(tmp_path, flag, values, experiments):
     """None stands for a configuration without the flag."""
     for seed, value in enumerate(values):
@@ -188,8 +184,8 @@ def test_a_value_equals_itself_and_a_missing_flag_is_off(tmp_path, flag, values,
 
 def test_baselines_that_do_not_tell_how_they_were_trained_are_told_apart_by_weights(tmp_path):
     weights = (("v1", 1), ("v1", 2), ("v2", 1))
-    make_results(tmp_path, [{"seed": seed, "config": {"baseline": name}, "baseline": None}
-                            for name, seed in weights])  # fmt: skip
+    for i, (name, seed) in enumerate(weights):
+        make_result(tmp_path / f"{i}", seed=seed, config={"baseline": name}, baseline=None)
     rows = results.make_rows(trials(tmp_path))[0]
     assert {row.also: len(row.runs) for row in rows} == {"baseline v1": 2, "baseline v2": 1}
 
@@ -229,21 +225,20 @@ def test_a_table_stays_narrow_whatever_differs(show):
     runs = []
     for i in range(12):
         config = {f"flag_number_{j}": i * j for j in range(30)} | {"net": "net" * i, "dataset": "d"}
-        runs += [{"criterion": "c" * 9 * i, "method": f"{i} steps", "config": config},
-                 {"seed": 2, "config": config, "p": i / 20}]  # fmt: skip
+        runs.append({"criterion": "c" * 9 * i, "method": f"{i} steps", "config": config})
+        runs.append({"seed": 2, "config": config, "p": i / 20})
     text = show(runs)
     assert len(printed(text)) == 24 and "flag_number_29 319" in text
 
 
-EVIL = {
-    "=HYPERLINK()": "'=HYPERLINK()", "+1+cmd": "'+1+cmd", "@SUM": "'@SUM", "\t=1": "?=1",
-    "-1e5": "-1e5", "\x1b[31mred\x07": "?[31mred?", "a|b\nc\u202e": "a|b?c?", "'quoted": "''quoted",
-}  # fmt: skip
+EVIL = {"=HYPERLINK()": "'=HYPERLINK()", "+1+cmd": "'+1+cmd", "@SUM": "'@SUM", "\t=1": "?=1"}
+EVIL |= {"-1e5": "-1e5", "\x1b[31mred\x07": "?[31mred?", "a|b\nc\u202e": "a|b?c?"}
+EVIL |= {"'quoted": "''quoted"}
 
 
 def test_nothing_of_others_is_obeyed_by_terminal_spreadsheet_or_markdown(tmp_path, capsys):
-    make_results(tmp_path, [{"criterion": text, "config": {text: text, "dataset": text}}
-                            for text in EVIL])  # fmt: skip
+    for i, text in enumerate(EVIL):
+        make_result(tmp_path / f"{i}", criterion=text, config={text: text, "dataset": text})
     tool(tmp_path, csv=tmp_path / "t.csv")
     assert {row["criterion"] for row in read(tmp_path / "t.csv")} == {*EVIL.values()}
     raw = (tmp_path / "t.csv").read_text()
@@ -263,8 +258,8 @@ def test_nothing_of_others_is_obeyed_by_terminal_spreadsheet_or_markdown(tmp_pat
 
 
 def test_page_has_every_number_from_the_tables_and_the_same_bytes_each_time(tmp_path):
-    make_results(tmp_path / "runs", [{"seed": seed, "criterion": criterion} for seed in (1, 2)
-                                     for criterion in ("l1", "gfbs")])  # fmt: skip
+    runs = [{"seed": seed, "criterion": name} for seed in (1, 2) for name in ("l1", "gfbs")]
+    make_results(tmp_path / "runs", runs)
     tool(tmp_path / "runs", csv=tmp_path / "results" / "some_criteria.csv")
     (tmp_path / "results" / "other.csv").write_text("")
     (tmp_path / "results" / "other.md").write_text("# A title\n\nAnd a remark.\n")
@@ -295,14 +290,15 @@ def test_the_page_of_this_repository_is_made_from_its_tables():
 
 
 LONG = {"some_flag": "long words " * 20}
+SIZES = [{"criterion": c, "p": p} for c in CRITERIA for p in (0.3, 0.5, 0.7)]
+NETS = [{**LONG, "net": net} for net in ("gatevgg16", "gateresnet20")]
 PLOTS = {  # how many panels, and the runs
-    "criteria": (1, [{"criterion": c, "p": p, "seed": seed}
-                     for c in CRITERIA for p in (0.3, 0.5, 0.7) for seed in (1, 2)]),
+    "criteria": (1, [{**size, "seed": seed} for size in SIZES for seed in (1, 2)]),
     "values": (5, [{"config": {"w_beta": i / 40, "amp": "bf16"}} for i in range(40)]),
     "one run": (1, [{"accuracy": {"last": None}}]),
-    "networks": (2, [{"p": p, "config": {"net": net, "other_flag": "x" * 150 * (p > 0.3), **LONG}}
-                     for net in ("gatevgg16", "gateresnet20") for p in (0.3, 0.5)]),
-}  # fmt: skip
+    "networks": (2, [{"p": 0.3, "config": net} for net in NETS]),
+}
+PLOTS["networks"][1].extend({"p": 0.5, "config": {**net, "other": "x" * 150}} for net in NETS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -330,8 +326,8 @@ def test_plots_stay_readable(tmp_path, name):
             assert len(axes.containers) == len(curves)
         boxes[f"{number} title"] = strip._suptitle.get_window_extent(renderer)
         boxes[f"{number} legend"] = legend.get_window_extent(renderer)
-        boxes |= {f"{number} {i}": axes.get_tightbbox(renderer)
-                  for i, axes in enumerate(strip.axes)}  # fmt: skip
+        for i, axes in enumerate(strip.axes):
+            boxes[f"{number} {i}"] = axes.get_tightbbox(renderer)
     page = figure.bbox.padded(1)
     for name, box in boxes.items():
         assert page.containsx(box.x0) and page.containsx(box.x1), name
@@ -355,26 +351,30 @@ def test_the_plot_is_a_file_of_its_kind_and_needs_matplotlib(tmp_path, monkeypat
 NO_RESULT = "no result of a pruning script .*; remove it, or run the script again with --overwrite"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda r: "not JSON", NO_RESULT), (lambda r: {}, NO_RESULT),
-    (lambda r: {**r, "config": None}, NO_RESULT), (lambda r: {**r, "channels": [1]}, NO_RESULT),
-    (lambda r: {**r, "config": {**r["config"], "macs": 0.5}}, NO_RESULT),
-    (lambda r: {**r, "accuracy": {"last": float("nan")}}, "'nan', where a number"),
-    (lambda r: {**r, "accuracy": {"last": "high"}}, "'high', where a number"),
-    (lambda r: {**r, "cost": {"macs": {"before": 0, "after": 0}}}, "macs_before is '0'"),
-])  # fmt: skip
+WRONG = [("not JSON", NO_RESULT), ("{}", NO_RESULT), ({"config": None}, NO_RESULT)]
+WRONG += [({"channels": [1]}, NO_RESULT), ({"config": {"criterion": "l1"}}, NO_RESULT)]
+WRONG += [({"config": {"criterion": "l1", "p": 0.5, "macs": 0.5}}, NO_RESULT)]
+WRONG += [({"accuracy": {"last": word}}, f"'{word}', where a number") for word in ("nan", "high")]
+WRONG += [({"cost": {"macs": {"before": 0, "after": 0}}}, "macs_before is '0'")]
+
+
+@pytest.mark.parametrize("change, message", WRONG)
 def test_a_result_that_is_none_of_ours_is_named(tmp_path, change, message):
-    write(tmp_path / "a", change(make_result(tmp_path / "a")))
+    made = make_result(tmp_path / "a")
+    write(tmp_path / "a", change if isinstance(change, str) else {**made, **change})
     with pytest.raises(InputError, match=f"^{tmp_path}/a/result.json: .*{message}"):
         tool(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda text: text.replace("criterion", "network"), "no column criterion"),
-    (lambda text: text + "short,row\n", "row 3: not as many cells as columns"),
-    (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
-    (lambda text: text.encode("utf-16").decode("latin-1"), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("criterion", "network"), "no column criterion"),
+        (lambda text: text + "short,row\n", "row 3: not as many cells as columns"),
+        (lambda text: text.replace("0.5", "half"), "row 2: asked is 'half'"),
+        (lambda text: text.encode("utf-16").decode("latin-1"), ""),
+    ],
+)
 def test_a_table_that_is_none_of_ours_is_named(tmp_path, change, message):
     make_result(tmp_path)
     path = tmp_path / "t.csv"
@@ -399,8 +399,8 @@ def test_a_result_of_an_earlier_version_leaves_cells_empty(tmp_path, capsys):
 def test_places_without_results_and_files_that_cannot_be_written(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for name, message in (("empty", "no pruning run in"), ("nowhere", "no such folder"),
-                          ("file", "no such folder"), ("x.csv", "cannot be read")):  # fmt: skip
+    said = {"empty": "no pruning run in", "nowhere": "no such folder", "file": "no such folder"}
+    for name, message in (said | {"x.csv": "cannot be read"}).items():
         with pytest.raises(InputError, match=f"{name}.*{message}|{message}.*{name}"):
             tool(tmp_path / name)
     make_result(tmp_path / "a")
@@ -409,14 +409,15 @@ def test_places_without_results_and_files_that_cannot_be_written(tmp_path):
             tool(tmp_path, **{flag: tmp_path / name})
 
 
+BAD = {"": "INPUT", "x --plot x.gif": ".png, .pdf, .svg", "x --what": "--what"}
+
+
 @pytest.mark.parametrize(
-    "argv, message",
-    [([], "INPUT"), (["x", "--plot", "x.gif"], ".png, .pdf, .svg"), (["x", "--what"], "--what"),
-     (["x", "--page", "p.md", "--csv", "x"], "--page goes with")],
-)  # fmt: skip
+    "argv, message", [*BAD.items(), ("x --page p --csv x", "--page goes with")]
+)
 def test_bad_flags_are_one_line_and_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as left:
-        results.parse_args(argv)
+        results.parse_args(argv.split())
     shown = capsys.readouterr().err
     assert left.value.code == 2 and message in shown and shown.count("\n") == 1
 

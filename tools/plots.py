@@ -52,7 +52,9 @@ def draw(trials: Sequence[Trial]) -> Figure:
     FigureCanvasAgg(figure)
     strips = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)
     for strip, (title, curves) in zip(strips[:, 0], panels.items(), strict=True):
-        strip.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        several = any(len(row.runs) > 1 for row in sum(curves.values(), []))
+        title += " (bars: standard deviation over seeds)" * several
+        strip.suptitle(title, x=0.01, ha="left", fontsize=11)
         _draw_panel(strip, curves)
     return figure
 
@@ -89,8 +91,7 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     shown = measured(curves)
     left = grid[0].subgridspec(len(shown), 2, height_ratios=[HEIGHTS[name] for name in shown])
     axes = left.subplots(sharex="col", sharey="row", squeeze=False)
-    bars = "; bars: standard deviation over seeds" * any(len(row.runs) > 1 for row in rows)
-    axes[0, 0].set_title(f"top-1 accuracy{bars}", loc="left")
+    axes[0, 0].set_title("top-1 accuracy", loc="left")
     for name, both in zip(shown, axes, strict=True):
         both[0].set_ylabel(f"{SHOWN[name]}, %")
         lowest = min((r.percent[name].mean for r in rows if name in r.percent), default=0)
