@@ -30,7 +30,7 @@ def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
 
         def interrupted(self, batch, state):
             seen.append(batch)
-            if len(seen) == 4:
+            for _ in range(2 if len(seen) == 4 else 0):  # the same one, delivered twice
                 os.kill(os.getpid(), signum)
             call(self, batch, state)
 

@@ -264,7 +264,7 @@ def test_scripts_leave_with_code_2_and_one_line(place, script, argv):
 
 HELPFUL = [
     "train", "gfbs_cifar", "gfbs_imagenet", "prepare_torch_imagenet_models", "tools.benchmark",
-    "tools.export", "tools.results",
+    "tools.evaluate", "tools.export", "tools.results",
 ]  # fmt: skip
 SLOW = {
     "torchvision", "tensorboard", "torch._dynamo", "torch.distributed.launcher", "sympy",

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
@@ -21,7 +20,6 @@ from utils.errors import InputError
 # its exit code.
 STARTED, ROOT_CAUSE = "GFBS_STARTED", "GFBS_ROOT_CAUSE"
 PATIENCE = 600  # seconds after a signal until SIGKILL; ranks finish a batch and save a checkpoint
-ONE_SIGNAL = 1  # seconds: schedulers and terminals may deliver the same signal twice
 
 
 def processes(
@@ -60,12 +58,11 @@ def start(command: Sequence[str], ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-    received: list[tuple[int, float]] = []
+    received: list[int] = []
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn | None:
-        if not received or time.monotonic() - received[-1][1] > ONE_SIGNAL:
-            received.append((signum, time.monotonic()))
-            raise SignalException("", signal.SIGTERM)  # sent to all ranks, whatever came
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        received.append(signum)
+        raise SignalException("", signal.SIGTERM)  # the launcher sends it to all ranks
 
     logging.disable()  # the launcher's report of a failure: the rank has said why it fails
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -81,7 +78,7 @@ def start(command: Sequence[str], ranks: int) -> int:
                 signal.signal(signum, stop)
             elastic_launch(config, sys.executable)(*command)
         except SignalException:
-            return 128 + (received[0][0] if received else signal.SIGQUIT)
+            return 128 + (received[0] if received else signal.SIGQUIT)
         except ChildFailedError as error:
             rank, failure = next(iter(error.failures.items()))  # in the order of their ends
             if failure.exitcode < 0:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from utils.errors import Interrupted
-from utils.launch import ONE_SIGNAL
+
+ONE_SIGNAL = 1  # seconds in which a second signal is the same one, delivered twice
 
 
 class Signals:
