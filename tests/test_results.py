@@ -352,7 +352,7 @@ NO_RESULT = "no result of a pruning script .*; remove it, or run the script agai
 
 
 WRONG = [("not JSON", NO_RESULT), ("{}", NO_RESULT), ({"config": None}, NO_RESULT)]
-WRONG += [({"channels": [1]}, NO_RESULT), ({"config": {"criterion": "l1"}}, NO_RESULT)]
+WRONG += [({"channels": [1]}, NO_RESULT)]
 WRONG += [({"config": {"criterion": "l1", "p": 0.5, "macs": 0.5}}, NO_RESULT)]
 WRONG += [({"accuracy": {"last": word}}, f"'{word}', where a number") for word in ("nan", "high")]
 WRONG += [({"cost": {"macs": {"before": 0, "after": 0}}}, "macs_before is '0'")]
