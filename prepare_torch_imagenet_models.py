@@ -26,7 +26,6 @@ from models import IMAGENET_NETWORKS, GatedModel, build_model, group_widths, str
 from utils.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_traced,
     read_state_dict,
     save_checkpoint,
 )
@@ -39,6 +38,7 @@ from utils.distributed import select_runtime
 from utils.errors import InputError
 from utils.files import writable
 from utils.finetune import evaluate
+from utils.rebuild import load_traced
 from utils.run.baseline import check_classes
 
 if TYPE_CHECKING:

@@ -15,36 +15,29 @@ A checkpoint of ours is a dict of plain values and tensors, which ``torch.load``
 import hashlib
 import io
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import (
-    ALIASES,
-    IMAGENET_NETWORKS,
-    NETWORKS,
-    ChannelGroup,
-    GatedModel,
-    build_model,
-    check_network,
-    construct,
-    structure,
-)
-from models.groups import Structure
+from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, GatedModel, check_network, structure
 from utils.data.metadata import FORMAT, check_entries, check_format
 from utils.errors import InputError
 from utils.files import read_tensors, write_atomically
-from utils.pruning import PruningPlan
-from utils.surgery import prune
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from utils.rebuild import (
+    FLOATS,
+    count_classes,
+    infer_network,
+    load_traced,
+    optional,
+    rebuild,
+    rebuild_traced,
+    skeleton,
+)
 
 
 @dataclass(frozen=True)
@@ -164,36 +157,15 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
     used = ("format", "network", "state_dict", "sha256")
     meta = {key: value for key, value in content.items() if key not in used}
     if "groups" in network:
-        return Checkpoint(_rebuild_traced(network, state), meta)
+        return Checkpoint(rebuild_traced(network, state), meta)
     try:
         check_network(name, list(NETWORKS))
     except ValueError as error:
         raise InputError(str(error)) from error
-    found = _count_classes(_skeleton(name, 1), state)
+    found = count_classes(skeleton(name, 1), state)
     if num_classes != found:  # checked first: this number decides how much memory is taken
         raise InputError(f"damaged: it says {num_classes} classes, its weights have {found}")
-    widths = _skeleton(name, num_classes).group_widths()
-    try:
-        plan = PruningPlan(dict(network["kept"])).shrinking(widths)
-    except ValueError as error:
-        raise InputError(f"damaged: {error}") from error
-    return Checkpoint(_rebuild(name, num_classes, plan, state), meta)
-
-
-def _rebuild_traced(network: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """A network without gates: cut as its file says, not as a new trace would."""
-    name, num_classes = network["net"], network["num_classes"]
-    try:
-        with torch.random.fork_rng([]):
-            model = construct(name, num_classes)
-        groups = tuple(map(ChannelGroup.from_plain, network["groups"]))
-        model.structure = Structure(
-            num_classes, network["head"], name, groups, tuple(network["notes"])
-        )
-        prune(model, PruningPlan(dict(network["kept"])))
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise InputError(f"damaged, or of another version of {name} ({error})") from error
-    return _fill(model, state)
+    return Checkpoint(rebuild(name, num_classes, network["kept"], state), meta)
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
@@ -201,70 +173,13 @@ def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     if net is None or net in NETWORKS or net in ALIASES:
         name, num_classes = infer_network(state)
         _check_expected(name, net)
-        missing = _optional(_skeleton(name, num_classes).state_dict())
-        model = _rebuild(name, num_classes, PruningPlan({}), {**missing, **state})
+        missing = optional(skeleton(name, num_classes).state_dict())
+        model = rebuild(name, num_classes, {}, {**missing, **state})
     else:
         model = load_traced(net, state)
     said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
     meta = {key: value for key, value in said.items() if isinstance(value, (int, float))}
     return Checkpoint(model, meta)
-
-
-def load_traced(net: str, state: Mapping[str, Tensor], image_size: int = 224) -> nn.Module:
-    """A network of torchvision, or of a factory, with the weights ``state``.
-
-    Raises InputError if it cannot be pruned, or for weights of another network.
-    """
-    try:
-        with torch.random.fork_rng([]):
-            head = structure(build_model(net, image_size=image_size)).head
-            num_classes = len(state[f"{head}.weight"]) if f"{head}.weight" in state else None
-            model = build_model(net, num_classes, image_size)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return _fill(model, {**_optional(model.state_dict()), **state})
-
-
-def _rebuild(
-    net: str, num_classes: int, plan: PruningPlan, state: Mapping[str, Tensor]
-) -> GatedModel:
-    """A network cut by ``plan`` with the weights ``state``, in their widest floating-point type.
-
-    Refuses weights that do not fit before the network takes memory.
-    """
-    _check_fits(prune(_skeleton(net, num_classes), plan), state)
-    with torch.random.fork_rng([]):
-        model = construct(net, num_classes)
-    return _fill(prune(model, plan), state)
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load the weights ``state``, in their widest type; one on the meta device is left out.
-
-    Raises InputError if they do not fit.
-    """
-    _check_fits(model, state)
-    types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    model.to(reduce(torch.promote_types, types))
-    given = OrderedDict((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
-    given._metadata = model.state_dict()._metadata  # some layers ask for the version of their names
-    model.load_state_dict(given, strict=False)
-    return model
-
-
-def _check_fits(model: GatedModel, state: Mapping[str, Tensor]) -> None:
-    """Raise InputError, with the tensor's name, unless ``state`` holds the weights of ``model``."""
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        net = structure(model).net
-        raise InputError(f"damaged: {name} is missing, or there is no such layer in {net}")
-    for name, tensor in state.items():
-        fitting = expected[name]
-        if tensor.shape != fitting.shape:
-            shape = f"{list(tensor.shape)}, not {list(fitting.shape)}"
-            raise InputError(f"damaged: {name} is of shape {shape}")
-        if tensor.dtype not in (FLOATS if fitting.is_floating_point() else (fitting.dtype,)):
-            raise InputError(f"damaged: {name} is of {tensor.dtype}, not like {fitting.dtype}")
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
@@ -283,47 +198,6 @@ def _finite(state: Any) -> Mapping[str, Tensor]:
         if tensor.dtype in FLOATS and not tensor.isfinite().all():
             raise InputError(f"{name} is not finite; take a checkpoint from before it diverged")
     return state
-
-
-def _optional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gates, and the counters of norms: files of other programs may lack them."""
-    return {k: v for k, v in state.items() if k.endswith((".gate", ".num_batches_tracked"))}
-
-
-def infer_network(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """The name and the number of classes of the unpruned network that a state dict fits.
-
-    Raises InputError, with the most similar network and up to three odd names, if it fits none.
-    """
-    given = state.keys() - _optional(state).keys()
-    pruned, misfits = "", [(len(state) + 1, "")]
-    for net in NETWORKS:
-        model = _skeleton(net, 1)
-        expected = model.state_dict()
-        if odd := sorted(given ^ (expected.keys() - _optional(expected).keys())):
-            misfits.append((len(odd), f"; {net} comes nearest but for {', '.join(odd[:3])}"))
-            continue
-        num_classes = _count_classes(model, state)
-        expected = _skeleton(net, max(num_classes, 1)).state_dict()
-        if all(state[name].shape == expected[name].shape for name in given):
-            return net, num_classes
-        pruned = net
-    if pruned:
-        advice = "cannot be rebuilt without its plan; prune the unpruned checkpoint again"
-        raise InputError(f"has the layers of {pruned} in other widths: a pruned network {advice}")
-    raise InputError(f"its layers are those of no known network{min(misfits)[1]}")
-
-
-def _skeleton(net: str, num_classes: int) -> GatedModel:
-    """A network of names and shapes, without memory for weights."""
-    with torch.device("meta"):
-        return build_model(net, num_classes)
-
-
-def _count_classes(model: GatedModel, state: Mapping[str, Tensor]) -> int:
-    """The number of outputs of the classifier in ``state``; 0 if there is none."""
-    head = state.get(f"{model.head}.weight")
-    return 0 if head is None or head.numel() == 0 else (*head.shape, 1)[0]
 
 
 def _check_expected(found: str, net: str | None) -> None:
