@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from models import build_model
+from models import build_model, group_widths
 from utils.cli.settings import configuration
 
 ROOT = Path(__file__).parents[1]
@@ -92,16 +93,27 @@ def test_make_lists_its_targets():
     assert re.findall(r"^make (\w+) +\w", listed, re.MULTILINE) == targets
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
-def test_python_runs_as_it_stands(page, tmp_path, monkeypatch):
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
-    )
-    monkeypatch.chdir(tmp_path)
+def python(page):
+    """The only Python of a page."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    return code
+
+
+def test_python_of_the_readme_runs_as_it_stands():
     known = {}
-    exec(code, known)
-    whole = build_model("gateresnet20").group_widths()
-    kept = known["model"].group_widths()
+    exec(python("README.md"), known)
+    kept, whole = group_widths(known["model"]), group_widths(build_model("gateresnet20"))
     assert sum(kept.values()) < 0.5 * sum(whole.values())
-    if "again" in known:
-        assert known["again"].group_widths() == kept and len(known["epochs"]) == 2
+
+
+def test_the_run_of_docs_api_runs_as_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "prune_mine.py").write_text(python("docs/api.md"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    model, again = importlib.import_module("prune_mine").main()
+    assert group_widths(again) == group_widths(model) != {"features.1": 32, "features.5": 64}
+    assert sum(group_widths(model).values()) < 0.5 * (32 + 64)
+    state = again.state_dict()
+    assert all(
+        torch.equal(state[name], tensor.cpu()) for name, tensor in model.state_dict().items()
+    )
