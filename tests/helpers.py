@@ -21,9 +21,17 @@ from utils.distributed import Runtime
 from utils.pruning import PruningPlan
 
 COMMON = [
-    "--net", "gateresnet20", "--dataset", "folder", "--data_dir", "images", "--image_size", "16",
-    "--device", "cpu",
-]  # fmt: skip
+    "--net",
+    "gateresnet20",
+    "--dataset",
+    "folder",
+    "--data_dir",
+    "images",
+    "--image_size",
+    "16",
+    "--device",
+    "cpu",
+]
 
 
 def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), images=6, size=(40, 36)):

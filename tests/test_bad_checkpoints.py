@@ -170,10 +170,16 @@ for _ in range(40):
     {
         "classes": [None, 3, "cat", [1, 2], [["cat"]], torch.ones(2), {"cat": 0}],
         "normalisation": [
-            3, [0.5] * 3, {}, {"mean": [0.5] * 3}, {"mean": 0.5, "std": 0.5},
-            {"mean": [0.5] * 3, "std": [1, 1]}, {"mean": [0.5] * 3, "std": [1, 0, 1]},
+            3,
+            [0.5] * 3,
+            {},
+            {"mean": [0.5] * 3},
+            {"mean": 0.5, "std": 0.5},
+            {"mean": [0.5] * 3, "std": [1, 1]},
+            {"mean": [0.5] * 3, "std": [1, 0, 1]},
             {"mean": [0.5, 0.5, float("nan")], "std": [1] * 3},
-            {"mean": ["a"] * 3, "std": [1] * 3}, {"mean": torch.ones(3), "std": torch.ones(3)},
+            {"mean": ["a"] * 3, "std": [1] * 3},
+            {"mean": torch.ones(3), "std": torch.ones(3)},
         ],
         "image_size": [None, 0, -1, "32", 32.0, True, [32]],
         "resize": [0, "256"],
@@ -187,7 +193,7 @@ for _ in range(40):
         "network": [None, 3, []],
         "state_dict": [None, [], {}, {"conv1.weight": 3}, {1: torch.ones(1)}],
     }.items(),
-)  # fmt: skip
+)
 def test_metadata_of_another_kind_are_refused_by_name(ours, name, values):
     for value in values:
         line = refused(signed({**ours, name: value}))

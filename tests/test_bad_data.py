@@ -106,10 +106,14 @@ def without(permission, path):
 @pytest.mark.parametrize(
     "locked, permission",
     [
-        ("", 0o777), ("images", 0o777), ("images", 0o111), ("images/train", 0o777),
-        ("images/train/cat", 0o777), ("images/test/dog/deep", 0o777),
+        ("", 0o777),
+        ("images", 0o777),
+        ("images", 0o111),
+        ("images/train", 0o777),
+        ("images/train/cat", 0o777),
+        ("images/test/dog/deep", 0o777),
     ],
-)  # fmt: skip
+)
 def test_folders_without_permission_cannot_be_read(reachable, locked, permission):
     place = reachable / "place"
     make_folder(place / "images")

@@ -53,8 +53,10 @@ def test_typed_flags_win_and_the_log_says_what_differs(trained):
     run_gfbs("--macs", "0.6", "--epochs", "2", "--smooth", "--final_epochs", "1")
     first = one_run(trained, "gfbs_macs0.6_smooth_seed1")
     argv = ["--p", "0.3", "--seed", "5", "--data_dir", "images", "--device", "cpu"]
-    for words in (["--config", str(first / "config.json"), *argv],
-                  [*argv, f"--config={first}/config.json"]):  # fmt: skip
+    for words in (
+        ["--config", str(first / "config.json"), *argv],
+        [*argv, f"--config={first}/config.json"],
+    ):
         args = gfbs_cifar.parse_args(words)
         assert (args.p, args.macs, args.seed, args.epochs, args.bs) == (0.3, None, 5, 2, 8)
         assert args.smooth and args.final_epochs == 1

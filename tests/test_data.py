@@ -181,8 +181,9 @@ def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):
     data = load_data("cifar100", tmp_path)
     assert data.train.labels.tolist() == [7, 99, 0] and len(data.classes) == 100
     assert data.normalisation.as_dict() == {
-        "mean": [0.5071, 0.4867, 0.4408], "std": [0.2675, 0.2565, 0.2761],
-    }  # fmt: skip
+        "mean": [0.5071, 0.4867, 0.4408],
+        "std": [0.2675, 0.2565, 0.2761],
+    }
 
 
 def batches(count=50, batch_size=16, layout=torch.contiguous_format, **options):

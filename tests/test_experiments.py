@@ -66,10 +66,11 @@ def environment(place, **settings):
 
 
 def run_script(name, place, *argv, **settings):
-    return subprocess.run(
+    command, env = (
         ["sh", ROOT / "experiments" / f"{name}.sh", *argv],
-        env=environment(place, **settings), cwd=place, capture_output=True, text=True,
-    )  # fmt: skip
+        environment(place, **settings),
+    )
+    return subprocess.run(command, env=env, cwd=place, capture_output=True, text=True)
 
 
 def logged(place):
@@ -139,16 +140,14 @@ def test_a_failing_run_stops_no_other_and_the_exit_code_tells(stub):
 def test_killed_and_started_again(name, with_what, stub):
     """SIGTERM reaches all runs. After SIGKILL, those that are left are waited for."""
     (stub / "slow").touch()
-    process = subprocess.Popen(
-        ["sh", ROOT / "experiments" / f"{name}.sh"],
-        env=environment(stub, JOBS="2", SEEDS="1"), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    env, script = environment(stub, JOBS="2", SEEDS="1"), ROOT / "experiments" / f"{name}.sh"
+    process = subprocess.Popen(["sh", script], env=env, stdout=subprocess.DEVNULL)
     wait_until(lambda: logged(stub))
     process.send_signal(with_what)
     assert process.wait() == (143 if with_what == signal.SIGTERM else -signal.SIGKILL)
     (stub / "log").unlink(missing_ok=True)
-    lock = ["flock", "--timeout", "5" if with_what == signal.SIGTERM else "0",
-            stub / "the tables" / "lock", "true"]  # fmt: skip
+    patience = "5" if with_what == signal.SIGTERM else "0"
+    lock = ["flock", "--timeout", patience, stub / "the tables" / "lock", "true"]
     assert subprocess.run(lock).returncode == (0 if with_what == signal.SIGTERM else 1)
     (stub / "slow").unlink()
     done = run_script("finetune", stub, JOBS="2", SEEDS="1")
@@ -159,13 +158,24 @@ def test_killed_and_started_again(name, with_what, stub):
 def test_real_runs_are_skipped_when_finished_and_do_not_depend_on_the_jobs(tmp_path):
     state = random_model("gateresnet20").state_dict()
     torch.save({"state_dict": state}, tmp_path / "resnet20.th")
-    tiny = ["--dataset", "synthetic", "--image_size", "16", "--epochs", "1", "--bs", "16",
-            "--limit_train_batches", "1", "--limit_test_batches", "1"]  # fmt: skip
+    tiny = [
+        "--dataset",
+        "synthetic",
+        "--image_size",
+        "16",
+        "--epochs",
+        "1",
+        "--bs",
+        "16",
+        "--limit_train_batches",
+        "1",
+    ]
+    tiny += ["--limit_test_batches", "1"]
 
     def start(out, jobs, seeds):
-        done = run_script("full", tmp_path, *tiny, JOBS=jobs, SEEDS=seeds, THREADS="1",
-                          OUT=str(tmp_path / out), PYTHON=sys.executable,
-                          BASELINES=str(tmp_path))  # fmt: skip
+        how = {"JOBS": jobs, "SEEDS": seeds, "THREADS": "1", "PYTHON": sys.executable}
+        places = {"OUT": str(tmp_path / out), "BASELINES": str(tmp_path)}
+        done = run_script("full", tmp_path, *tiny, **how, **places)
         assert done.returncode == 0, done.stderr
         return sorted((tmp_path / out).glob("full/*/*seed1*/result.json"))[0]
 

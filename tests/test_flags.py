@@ -115,8 +115,12 @@ def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
     monkeypatch.setattr("utils.finetune.evaluate", lambda *args: next(epochs))
     result = run_gfbs("--epochs", "3", "--min_channels", "5", "--p", "0.95")
     assert result["accuracy"] == {
-        "baseline": 91, "after_surgery": 12, "last": 77, "best": 77, "best_epoch": 2,
-    }  # fmt: skip
+        "baseline": 91,
+        "after_surgery": 12,
+        "last": 77,
+        "best": 77,
+        "best_epoch": 2,
+    }
     assert result["top5"]["last"] == 86 and result["top5"]["best"] == 87
     shown = capsys.readouterr().out
     for row in (
@@ -124,8 +128,10 @@ def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
         "after surgery  12.00  52.00",
         "last epoch  77.00  86.00",
     ):
-        assert any(row.split("  ")[0] in line and line.split()[-2:] == row.split("  ")[1:]
-                   for line in shown.splitlines()), row  # fmt: skip
+        assert any(
+            row.split("  ")[0] in line and line.split()[-2:] == row.split("  ")[1:]
+            for line in shown.splitlines()
+        ), row
     held = result["held_at_floor"]
     assert held and all(result["channels"][name]["after"] == 5 for name in held)
     assert f"{held[0]:<28}" in shown and "at the floor" in shown

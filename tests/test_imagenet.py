@@ -235,10 +235,8 @@ def test_convert_prune_fine_tune_reload(place, capsys):
 
 def test_rounds_to_a_budget_with_held_out_images(place):
     save_local_weights("local.pth")
-    result = run_gfbs(
-        "--checkpoint", "local.pth", "--macs", "0.6", "--steps", "2", "--step_epochs", "1",
-        "--holdout", "3", "--recalibrate", "2", "--round_to", "8", "--criterion", "taylor_fo",
-    )  # fmt: skip
+    argv = "--checkpoint local.pth --macs 0.6 --steps 2 --step_epochs 1 --holdout 3 --recalibrate 2"
+    result = run_gfbs(*argv.split(), "--round_to", "8", "--criterion", "taylor_fo")
     cost = result["cost"]["macs"]
     assert (
         0.5 < cost["after"] / cost["before"] <= 0.6 < result["rounds"][0]["macs"] / cost["before"]
@@ -350,8 +348,20 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(place):
         (run_gfbs, ["--data_dir", "no_val"], "no_val/val/<class>/"),
         (run_gfbs, ["--data_dir", "empty"], "dog"),
         (run_gfbs, ["--data_dir", "broken"], "cat/2.png: cannot be read as an image"),
-        (run_gfbs, ["--data_dir", "broken", "--workers", "2", "--output", "other", "--checkpoint",
-                    "checkpoints"], "cat/2.png: cannot be read as an image"),
+        (
+            run_gfbs,
+            [
+                "--data_dir",
+                "broken",
+                "--workers",
+                "2",
+                "--output",
+                "other",
+                "--checkpoint",
+                "checkpoints",
+            ],
+            "cat/2.png: cannot be read as an image",
+        ),
         (run_gfbs, ["--gpu", "7"], "--gpu 7: torch sees 0 GPUs here"),
         (run_gfbs, ["--sync_bn"], "--sync_bn needs GPUs"),
         (run_gfbs, ["--net", "resnet34", "--checkpoint", "local.pth"], "holds resnet18, not"),
@@ -361,7 +371,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(place):
         (run_prepare, ["--checkpoint", "none.pth"], "none.pth"),
         (run_prepare, ["--checkpoint", "local.pth", "--data_dir", "no_val"], "no_val/val"),
         (run_prepare, ["--weights", "IMAGENET1K_V9"], "resnet18 has IMAGENET1K_V1, DEFAULT"),
-    ]:  # fmt: skip
+    ]:
         device = ["--device", "auto"] if "--gpu" in argv else []
         with pytest.raises(InputError) as error:
             run(*argv, *device)

@@ -95,8 +95,11 @@ def test_the_exit_code_names_the_signal(tmp_path, signum, code):
     command = [sys.executable, ROOT / "train.py", "--net", "gateresnet20", "--dataset", "synthetic"]
     running = subprocess.Popen(
         [*command, "--device", "cpu", "--checkpoint_every", "1", "--bs", "16"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     last = tmp_path / "checkpoints" / "gateresnet20_synthetic" / "last.pth"
     while not last.exists() and running.poll() is None:
         time.sleep(0.05)

@@ -15,8 +15,18 @@ from utils.finetune import evaluate
 
 def test_recalibration_averages_the_statistics_of_the_batches(trained):
     plain = run_gfbs("--p", "0.4", "--epochs", "0")
-    result = run_gfbs("--p", "0.4", "--epochs", "0", "--recalibrate", "2", "--output", "again",
-                      "--checkpoint", str(trained))  # fmt: skip
+    result = run_gfbs(
+        "--p",
+        "0.4",
+        "--epochs",
+        "0",
+        "--recalibrate",
+        "2",
+        "--output",
+        "again",
+        "--checkpoint",
+        str(trained),
+    )
     before = load_model(one_run(trained, "gfbs_p0.4_seed1") / "pruned.pth")
     after = load_model(one_run("again/gateresnet20_folder", "gfbs_p0.4_seed1") / "pruned.pth")
     data = load_data("folder", "images", 16)

@@ -18,11 +18,9 @@ from utils.surgery import prune
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 # The table of the paper for CIFAR, block by block: inputs, expansion, outputs, stride.
-BLOCKS = [
-    (32, 1, 16, 1), (16, 6, 24, 1), (24, 6, 24, 1), (24, 6, 32, 2), (32, 6, 32, 1), (32, 6, 32, 1),
-    (32, 6, 64, 2), (64, 6, 64, 1), (64, 6, 64, 1), (64, 6, 64, 1), (64, 6, 96, 1), (96, 6, 96, 1),
-    (96, 6, 96, 1), (96, 6, 160, 2), (160, 6, 160, 1), (160, 6, 160, 1), (160, 6, 320, 1),
-]  # fmt: skip
+BLOCKS = [(32, 1, 16, 1), (16, 6, 24, 1), (24, 6, 24, 1), (24, 6, 32, 2), *[(32, 6, 32, 1)] * 2]
+BLOCKS += [(32, 6, 64, 2), *[(64, 6, 64, 1)] * 3, (64, 6, 96, 1), *[(96, 6, 96, 1)] * 2]
+BLOCKS += [(96, 6, 160, 2), *[(160, 6, 160, 1)] * 2, (160, 6, 320, 1)]
 PROJECTED = (0, 1, 10, 16)  # blocks of stride 1 that change the width
 STREAMS = [(0,), (1, 2), (3, 4, 5), (6, 7, 8, 9), (10, 11, 12), (13, 14, 15), (16,)]
 

@@ -50,8 +50,9 @@ def test_the_road_leads_to_a_small_exported_network(place, monkeypatch):
     monkeypatch.setattr(
         torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: 1 / 0
     )
-    prepare, prune, export = re.findall(r"^    python (?:-m )?(\S+?)(?:\.py)? (.*)$",
-                                        PAGE.read_text(), re.MULTILINE)  # fmt: skip
+    prepare, prune, export = re.findall(
+        r"^    python (?:-m )?(\S+?)(?:\.py)? (.*)$", PAGE.read_text(), re.MULTILINE
+    )
     module = importlib.import_module(prepare[0])
     module.main(module.parse_args([*shlex.split(prepare[1]), "--checkpoint", "random.pth", *SMALL]))
     module = importlib.import_module(prune[0])
@@ -133,8 +134,9 @@ def test_what_is_frozen_does_not_change_and_can_be_trained_again():
     recipe = Recipe(epochs=2, lr=0.001, weight_decay=1e-2, milestones=(), gamma=1)
     with head_alone(model):
         assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-            "linear.weight", "linear.bias",
-        ]  # fmt: skip
+            "linear.weight",
+            "linear.bias",
+        ]
         history = fit(model, data.train, data.test, recipe, CPU)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("linear."), name

@@ -137,8 +137,9 @@ def test_plans_of_a_ranking_are_nested():
     """Or a bisection over their costs would not find the largest."""
     model = build_model("gateresnet20")
     torch.manual_seed(5)
-    saliency = {name: torch.randn(width).round(decimals=1) for name, width in
-                model.group_widths().items()}  # fmt: skip
+    saliency = {
+        name: torch.randn(width).round(decimals=1) for name, width in model.group_widths().items()
+    }
     ranking = Ranking(model.channel_groups(), saliency, min_channels=3, round_to=4)
     plans = [ranking.plan(kept).keep for kept in range(ranking.entries + 1)]
     assert ranking.entries == 688 and plans[-1] == {
@@ -210,11 +211,15 @@ def test_bad_scores_are_refused_by_name():
 @pytest.mark.parametrize(
     "keep, message",
     [
-        ([], "keeps nothing"), ([2, 1], "not sorted"), ([1, 1], "not unique"),
-        ([-1, 1], "no channel index"), ([0.5], "no channel index"), ([True], "no channel index"),
+        ([], "keeps nothing"),
+        ([2, 1], "not sorted"),
+        ([1, 1], "not unique"),
+        ([-1, 1], "no channel index"),
+        ([0.5], "no channel index"),
+        ([True], "no channel index"),
         ("12", "list of indices"),
     ],
-)  # fmt: skip
+)
 def test_plans_that_make_no_sense_are_refused_by_name(keep, message):
     with pytest.raises(ValueError, match=f"the_group.*{message}"):
         PruningPlan({"the_group": keep})

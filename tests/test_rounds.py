@@ -61,8 +61,10 @@ def test_every_round_scores_the_network_that_the_last_one_left(trained, monkeypa
 def test_one_round_without_fine_tuning_is_the_one_shot(trained):
     run_gfbs("--p", "0.5")
     run_gfbs("--p", "0.5", "--steps", "1", "--step_epochs", "0")
-    assert same_weights(one_run(trained, "gfbs_p0.5_seed1") / "last.pth",
-                        one_run(trained, "gfbs_p0.5_steps1_seed1") / "last.pth")  # fmt: skip
+    assert same_weights(
+        one_run(trained, "gfbs_p0.5_seed1") / "last.pth",
+        one_run(trained, "gfbs_p0.5_steps1_seed1") / "last.pth",
+    )
 
 
 def test_rounds_towards_a_budget(trained):

@@ -52,10 +52,8 @@ def test_train_then_prune_with_no_step_by_hand(trained, capsys):
     data = load_data("folder", "images", 16)
     test = ImageBatches(data.test, 100, data.normalisation, CPU)
     accuracy = result["accuracy"]
-    for key, network in (
-        ("baseline", baseline), ("after_surgery", pruned),
-        ("best", load_model(run / "model_best.pth")), ("last", load_model(run / "last.pth")),
-    ):  # fmt: skip
+    tuned = {"best": load_model(run / "model_best.pth"), "last": load_model(run / "last.pth")}
+    for key, network in ({"baseline": baseline, "after_surgery": pruned} | tuned).items():
         assert accuracy[key] == pytest.approx(evaluate(network, test, CPU).accuracy), key
     for name, network in (("before", baseline), ("after", pruned)):
         cost = model_cost(network, 16)
@@ -131,9 +129,8 @@ def test_smooth_ends_with_the_same_channels(trained):
 
 
 def test_criteria_by_flag(trained):
-    for given, criterion in (
-        (["--no_beta"], "taylor"), (["--beta-only"], "beta"), (["--beta"], "gfbs"),
-    ):  # fmt: skip
+    meant = {"--no_beta": "taylor", "--beta-only": "beta", "--beta": "gfbs"}
+    for given, criterion in (([flag], name) for flag, name in meant.items()):
         assert run_gfbs("--epochs", "0", *given)["criterion"] == criterion
         assert (one_run(trained, f"{criterion}_p0.7_seed1") / "result.json").exists()
 
@@ -262,15 +259,11 @@ def test_scripts_leave_with_code_2_and_one_line(place, script, argv):
     assert snapshot(place) == before
 
 
-HELPFUL = [
-    "train", "gfbs_cifar", "gfbs_imagenet", "prepare_torch_imagenet_models", "tools.benchmark",
-    "tools.evaluate", "tools.export", "tools.results",
-]  # fmt: skip
-SLOW = {
-    "torchvision", "tensorboard", "torch._dynamo", "torch.distributed.launcher", "sympy",
-    "torch.utils.benchmark", "torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib",
-    "pandas", "scipy",
-}  # fmt: skip
+HELPFUL = ["train", "gfbs_cifar", "gfbs_imagenet", "prepare_torch_imagenet_models"]
+HELPFUL += [f"tools.{name}" for name in ("benchmark", "evaluate", "export", "results")]
+SLOW = {"torchvision", "tensorboard", "sympy", "matplotlib", "pandas", "scipy", "torch._dynamo"}
+SLOW |= {f"torch.utils.{name}" for name in ("benchmark", "flop_counter", "tensorboard")}
+SLOW |= {"torch.distributed.launcher"}
 
 
 def test_help_is_shown_without_modules_that_take_long_to_import():

@@ -31,8 +31,9 @@ def test_tensorboard_shows_what_a_run_was_and_what_came_out(trained):
     filled = (np.abs(figure - ImageColor.getrgb("steelblue")).sum(2) == 0).sum(1)
     empty = (np.abs(figure - ImageColor.getrgb("lightgrey")).sum(2) == 0).sum(1)
     rows = len(figure) // len(result["channels"])
-    for middle, channels in zip(range(rows // 2, len(figure), rows), result["channels"].values(),
-                                strict=True):  # fmt: skip
+    for middle, channels in zip(
+        range(rows // 2, len(figure), rows), result["channels"].values(), strict=True
+    ):
         share = filled[middle] / (filled[middle] + empty[middle])
         assert share == pytest.approx(channels["after"] / channels["before"], abs=0.01)
     assert not any(tag.startswith("channels/") for tag in tags["scalars"])

@@ -143,8 +143,12 @@ def test_flags_reach_every_part_of_the_training(trained, monkeypatch):
 
     widths = load_model(trained / "model_best.pth").group_widths()
     monkeypatch.setattr(gfbs_cifar, "fit", spy)
-    for way in ([], ["--smooth", "--smooth_epochs", "1", "--final_epochs", "1"],
-                ["--steps", "2", "--step_epochs", "1"], ["--from_scratch"]):  # fmt: skip
+    for way in (
+        [],
+        ["--smooth", "--smooth_epochs", "1", "--final_epochs", "1"],
+        ["--steps", "2", "--step_epochs", "1"],
+        ["--from_scratch"],
+    ):
         seen.clear()
         run_gfbs(*FLAGS, *DISTILL, *way)
         assert seen and all(unpruned for _, unpruned in seen)
