@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import build_model, group_widths
+from models import NETWORKS, build_model, group_widths
 from utils.cli.settings import configuration
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,20 @@ def python(page):
     """The only Python of a page."""
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     return code
+
+
+def test_python_of_your_network_runs_as_it_stands(monkeypatch):
+    page = (ROOT / "docs/your-network.md").read_text()
+    denoising, gated = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    known = {}
+    exec(denoising, known)
+    assert type(known["model"]).__name__ == "DnCNN"
+    assert sum(group_widths(known["model"]).values()) == 5 * 64 // 2
+    assert known["model"](known["noisy"]).shape == (16, 3, 32, 32)
+    monkeypatch.setitem(NETWORKS, "small", None)  # what the page adds goes again
+    exec(gated, known)
+    assert NETWORKS["small"] is known["Small"]
+    assert [group.name for group in known["Small"](3).channel_groups()] == ["gate"]
 
 
 def test_python_of_the_readme_runs_as_it_stands():

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from models import channel_groups, from_torchvision, torchvision_networks
+from models import channel_groups, from_torchvision, structure, torchvision_networks
 from models.gate import deployable
 from models.trace import trace
 from tools import export
@@ -46,12 +47,13 @@ EXPORTED = {
     "vgg11_bn",
 }  # fmt: skip
 WITHOUT_NORM = re.compile("alexnet|convnext|squeezenet|swin|vit|vgg[0-9]+$")
+MAKERS = (_ConvNd, nn.Linear)
 OTHER_SIZES = {"inception_v3": 75, "maxvit_t": 224}
 TITLE = """# Networks without gates
 
 Written by `python -m tools.networks {page}`, with torch {torch} on the CPU. Weights are random; the
-input has 64x64 pixels (inception_v3: 75, maxvit_t: 224). *Free* is the share of the channels behind
-a BatchNorm that can go. The rest is at `--p 0.5 --criterion random`: MACs and parameters that are
+input has 64x64 pixels (inception_v3: 75, maxvit_t: 224). *Free* is the share of the channels that
+convolutions and linear layers make, but for the classifier, that can go. The rest is at `--p 0.5 --criterion random`: MACs and parameters that are
 left, and the largest difference between the logits of the pruned and of the masked network, in
 float64, divided by the largest logit. *Torch-Pruning*: whether its BasePruner with
 GroupTaylorImportance cuts the same network at the same ratio and the result runs, or its error.
@@ -110,11 +112,15 @@ def cut_in_half(name: str) -> list[str]:
     """Trace, mask and prune."""
     model, size = network_of(name)
     model = trace(model, torch.empty(1, 3, size, size), name).double().eval()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    widths = sum(norm.num_features for norm in norms)
-    free = sum(group.outputs[group.norms[0]].numel() for group in channel_groups(model))
-    for norm in norms:
-        nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias, 0, 0.2)
+    head = structure(model).head
+    layers = {n: m for n, m in model.named_modules() if n != head and isinstance(m, MAKERS)}
+    made = sum(m.weight.shape[getattr(m, "transposed", 0)] for m in layers.values())
+    free = sum(
+        g.outputs[n].numel() for g in channel_groups(model) for n in layers if n in g.outputs
+    )
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias, 0, 0.2)
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     saliency = channel_saliency(model, images, None, criterion="random")
     plan, before = select_channels(channel_groups(model), saliency, 0.5), model_cost(model, size)
@@ -128,7 +134,7 @@ def cut_in_half(name: str) -> list[str]:
             export.write(deployable(model), size, file := Path(folder) / "network.pt2")
             exported = f"{export.largest_difference(model, export.read(file), size):.0e}"
     return [
-        f"{100 * free / widths:.0f} %",
+        f"{100 * free / made:.0f} %",
         f"{100 * after.macs / before.macs:.0f} %",
         f"{100 * after.params / before.params:.0f} %",
         f"{'exact' if difference < 1e-10 else 'differs'}, {difference:.0e}",
