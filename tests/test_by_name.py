@@ -20,6 +20,7 @@ from helpers import (
 
 import gfbs_imagenet
 import prepare_torch_imagenet_models
+import tools.networks
 from models import build_model, channel_groups, group_widths, replace_head, structure
 from tools import export
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -142,6 +143,19 @@ def test_the_preset_of_weights_goes_into_the_checkpoint(tmp_path):
     assert crops.interpolation == "bicubic"
     images = torch.randint(255, (3, 300, 280), dtype=torch.uint8)
     assert not torch.equal(crops._resize(images, [100]), type(crops)()._resize(images, [100]))
+
+
+def test_the_tool_that_tries_networks_tells_exact_ones_from_others(monkeypatch, tmp_path):
+    free, macs, params, difference, exported = tools.networks.cut_in_half("mnasnet0_5")
+    assert difference.startswith("exact, ") and 0 < int(free[:-2]) <= 100 and not exported
+    assert int(macs[:-2]) < 90 and int(params[:-2]) < 90
+    monkeypatch.setattr("tools.networks.prune", lambda model, plan: model.apply(_break))
+    assert tools.networks.cut_in_half("mnasnet0_5")[3].startswith("differs, ")
+
+
+def _break(module):
+    if isinstance(module, torch.nn.Linear):
+        torch.nn.init.ones_(module.bias)
 
 
 def test_a_new_head_replaces_the_layer_that_makes_the_output():

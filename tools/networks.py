@@ -53,11 +53,12 @@ TITLE = """# Networks without gates
 
 Written by `python -m tools.networks {page}`, with torch {torch} on the CPU. Weights are random; the
 input has 64x64 pixels (inception_v3: 75, maxvit_t: 224). *Free* is the share of the channels that
-convolutions and linear layers make, but for the classifier, that can go. The rest is at `--p 0.5 --criterion random`: MACs and parameters that are
-left, and the largest difference between the logits of the pruned and of the masked network, in
-float64, divided by the largest logit. *Torch-Pruning*: whether its BasePruner with
-GroupTaylorImportance cuts the same network at the same ratio and the result runs, or its error.
-*Exported*: the largest difference of the logits of the pt2 file, in float32.
+convolutions and linear layers make, but for the classifier, that can go. The rest is at `--p 0.5
+--criterion random`: MACs and parameters that are left, and the largest difference between the
+logits of the pruned and of the masked network, in float64, divided by the largest logit.
+*Exported*: the largest difference of the logits of the pt2 file, in float32. *Torch-Pruning*:
+whether its BasePruner with GroupTaylorImportance cuts the same network at the same ratio and the
+result runs, or its error.
 
 | network | free | MACs left | parameters left | pruned - masked | exported | Torch-Pruning |
 | --- | --- | --- | --- | --- | --- | --- |
