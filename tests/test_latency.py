@@ -61,7 +61,9 @@ def test_what_no_plan_can_reach_is_refused_with_the_least(made_up_timer):
 
 def test_both_networks_are_timed_in_turn(made_up_timer):
     models = build_model("gateresnet20"), build_model("gateresnet32")
+    state = torch.get_rng_state()
     found = cost.latency(models, 32, 4, turns=3)
+    assert torch.equal(torch.get_rng_state(), state)
     sizes = [sum(p.numel() for p in run.func.parameters()) for run in made_up_timer]
     assert sizes == [sizes[0], sizes[1]] * 3 and sizes[0] < sizes[1]
     assert [tuple(run.args[0].shape) for run in made_up_timer] == [(4, 3, 32, 32)] * 6
