@@ -1,6 +1,7 @@
 """Try every classifier of torchvision that has BatchNorm, and twenty networks of timm.
 
-    python -m tools.networks docs/networks.md                 all of them: about an hour
+    python -m tools.networks docs/networks.md                 all of them: about an hour; what
+                                                              stands below a heading stays
     python -m tools.networks resnet18.md --only resnet18      one of them
 
 Half of the channels go, chosen at random. The pruned network must compute what the masked one does,
@@ -76,6 +77,8 @@ def main(args: argparse.Namespace) -> int:
     """Write the page, and return how many networks are not exact."""
     names = args.only or [name for name in torchvision_networks() if not WITHOUT_NORM.match(name)]
     names += [] if args.only else [f"timm:{name}" for name in TIMM]
+    page = Path(args.page)
+    _, heading, below = (page.read_text() if page.exists() else "").partition("\n## ")
     text, exact = TITLE.format(page=args.page, torch=torch.__version__), 0
     for name in names:
         ours = apart(cut_in_half, name)
@@ -84,7 +87,8 @@ def main(args: argparse.Namespace) -> int:
         text += f"| {name} | {' | '.join(row)} |\n"
         exact += "exact" in ours[3]
         print(name, *row, sep="  ", flush=True)
-        write_text(Path(args.page), f"{text}\n{exact} of {len(names)} are exact (below 1e-10).\n")
+        said = f"{exact} of {len(names)} are exact (below 1e-10)."
+        write_text(page, f"{text}\n{said}\n{heading}{below}")
     return len(names) - exact
 
 

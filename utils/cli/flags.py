@@ -144,8 +144,8 @@ def add_pruning_flags(
     goal.add_argument("--params", type=value.share, metavar="SHARE", help="likewise for parameters")
     goal.add_argument("--latency", type=value.share, metavar="SHARE",
         help="cut until inference takes at most this share of the time, as measured here")
-    add("--latency_bs", type=value.count, default=64, metavar="N",
-        help="images at once where time is measured")
+    add("--latency_bs", type=value.count, metavar="N",
+        help="images at once where time is measured (default: 64)")
     add("--criterion", choices=tuple(CRITERIA), default="gfbs", help="how to score a channel")
     by_layer = " and ".join(name for name, c in CRITERIA.items() if c.scope == "layer")
     add("--scope", choices=SCOPES,

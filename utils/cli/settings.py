@@ -88,7 +88,7 @@ def pruning(args: Namespace, model: nn.Module, published: Recipes) -> Pruning:
         way = (*rounds.new_head(recipes, args.head_epochs), *way)
     batch = args.score_images, args.score_seed, args.checkpoint_activations
     scoring = Scoring(args.criterion, args.w_beta, *batch, args.seed)
-    limits = args.min_channels, args.round_to, args.scope, args.latency_bs
+    limits = args.min_channels, args.round_to, args.scope, args.latency_bs or 64
     goal = Goal(*_how_much(args), *limits)
     return Pruning(scoring, goal, way, args.recalibrate, method)
 

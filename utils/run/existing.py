@@ -20,14 +20,7 @@ PREVIOUS = "last_previous.pth"
 RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "result.json")
 
 # The value of a flag in runs older than the flag, where it is not "off".
-BEFORE = {
-    "scope": "global",
-    "min_channels": 1,
-    "round_to": 1,
-    "recalibrate": 0,
-    "holdout": 0,
-    "latency_bs": 64,
-}
+BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0, "holdout": 0}
 # Flags whose default has changed, and what to type for the earlier one.
 EARLIER = {"channels_last": "--no_channels_last"}
 
