@@ -1,5 +1,6 @@
 """The cost of a network: multiply-adds, parameters, and measured time."""
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def seconds(run: Callable[[], Any], measured_for: float = 0.5) -> float:
 
     Calls are repeated until they took ``measured_for`` seconds.
     """
+    # Its import would warn of a CUDA toolkit without a GPU, in every run.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
