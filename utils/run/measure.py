@@ -21,6 +21,7 @@ from utils.run.folder import RunFolder
 from utils.run.record import KINDS, Json, Measurement
 from utils.run.rounds import Pruning
 from utils.run.state import RunState
+from utils.selection import Goal
 from utils.surgery import first_difference, prune
 
 
@@ -82,7 +83,7 @@ def measure_cut(
     """
     _, pruned = networks
     after, recalibrated = Measurement.of(pruned, data, run.runtime), None
-    times = run.runtime.on_main(lambda: time_of(networks, data.about.image_size, asked.goal.batch))
+    times = run.runtime.on_main(lambda: time_of(networks, data.about.image_size, asked.goal))
     run.log(f"after surgery: {after}; {times[-1].share:.0%} of the time")
     state.record.note_time(times)
     count = asked.recalibrate
@@ -96,11 +97,11 @@ def measure_cut(
     run.board.draw_surgery(state.record)
 
 
-def time_of(networks: tuple[nn.Module, nn.Module], size: int, batch: int) -> list[Latency]:
-    """The time of one image, and of a batch if that takes about two seconds at most."""
+def time_of(networks: tuple[nn.Module, nn.Module], size: int, goal: Goal) -> list[Latency]:
+    """The time of one image, and of a batch if that is quick, or if the goal is its time."""
     times = [latency(networks, size, 1, turns=3)]
-    if 6 * batch * times[0].before <= 2:
-        times.append(latency(networks, size, batch, turns=3))
+    if goal.kind == "latency" or goal.batch * times[0].before <= 1:
+        times.append(latency(networks, size, goal.batch, turns=3))
     return times
 
 
