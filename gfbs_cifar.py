@@ -19,11 +19,12 @@ import copy
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from models import group_widths, reset_parameters
+from models import checkpoint_blocks, group_widths, reset_parameters
 from utils.checkpoint import Checkpoint
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
@@ -132,8 +133,8 @@ def prune_and_fine_tune(
 
             # 2. Select: the plan keeps the most salient channels that meet this round's goal.
             goal, size = asked.goal.at(this.share), data.about.image_size
-            before = {**record.size_before, "network": unpruned}
-            plan = runtime.on_main(lambda: select(model, saliency, goal, size, before, run.log))
+            reach = partial(select, model, saliency, goal, size, record.size_before)
+            plan = runtime.on_main(lambda: reach(unpruned, run.log))
             state.plan = state.plan.then(plan)
 
             # 3. Cut: slice the other channels out of every layer that makes or reads them.
@@ -150,9 +151,7 @@ def prune_and_fine_tune(
             reset_parameters(model)
         if len(asked.rounds) > 1:
             cut = [name for name, width in group_widths(model).items() if width < widths[name]]
-            what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
-            what = "train the new classifier alone" if this.head else what
-            run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
+            run.log(f"round {state.round + 1}/{len(asked.rounds)}: {this.in_words(cut)}")
 
     # 4. Fine-tune. The callback logs epochs and saves checkpoints; fit knows nothing of pruning.
     callback = RunCallback(run, state, data, asked.rounds)
@@ -180,8 +179,7 @@ def score(run: RunFolder, state: RunState, data: Data, how: Scoring) -> dict[str
     if CRITERIA[how.criterion].gradients:  # else it does not look at the images
         run.log(f"scoring on {len(labels)} training images")
         check_batch(state.model, images.shape[-1], len(labels), "--score_images")
-        blocks = getattr(state.model, "checkpoint_blocks", list)()
-        if how.recompute and state.round == 0 and not blocks:
+        if how.recompute and state.round == 0 and not checkpoint_blocks(state.model):
             nothing = f"{state.record.net} has no blocks whose activations can be recomputed"
             run.log(f"{nothing}; a lower --score_images saves memory, but gives other scores")
     saliency = channel_saliency(

@@ -26,6 +26,7 @@ from utils.data.batches import About, choose_normalisation
 from utils.data.folders import IMAGENET_NORMALISATION, Crops, folder_batches
 from utils.data.listing import folder_identity, list_folders
 from utils.distributed import seed_everything
+from utils.errors import InputError
 from utils.finetune import check_batch
 from utils.recipes import IMAGENET_RECIPES
 from utils.run.baseline import check_classes, load_baseline
@@ -69,7 +70,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     how = crops.resize, crops.interpolation, source
     about = About(args.dataset, classes, args.image_size, constants, *how)
     if args.new_head:
-        replace_head(baseline.model, len(classes))
+        try:
+            replace_head(baseline.model, len(classes))
+        except ValueError as error:
+            raise InputError(f"--new_head: {error}") from error
     else:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)

@@ -12,7 +12,7 @@ from torch import nn
 from models import trace as tracing
 from models.densenet import GateDenseNet
 from models.gate import Gate
-from models.gated import GatedModel
+from models.gated import GatedModel, checkpoint_blocks, pruning_stages
 from models.groups import ChannelGroup, replace_head, reset_parameters, structure
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
@@ -30,9 +30,11 @@ __all__ = [
     "build_model",
     "channel_groups",
     "check_network",
+    "checkpoint_blocks",
     "construct",
     "from_torchvision",
     "group_widths",
+    "pruning_stages",
     "replace_head",
     "reset_parameters",
     "structure",

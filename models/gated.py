@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.groups import ChannelGroup, Structure, reset_parameters
+from models.groups import ChannelGroup, Structure
 from models.trace import channel_groups, group_widths
 
 
@@ -63,10 +63,6 @@ class GatedModel(nn.Module):
         """Number of channels of every group, by group name."""
         return group_widths(self)
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights and reset the running statistics; shapes stay as they are."""
-        reset_parameters(self)
-
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """Channels that some layer still reads, after surgery has cut the groups.
 
@@ -93,3 +89,14 @@ class GatedModel(nn.Module):
     def pruning_stages(self) -> list[tuple[str, ...]]:
         """The stages of ``--smooth``: the names of the groups that each stage cuts together."""
         return [(group.name,) for group in self.channel_groups()]
+
+
+def checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
+    """What ``GatedModel.checkpoint_blocks`` says; nothing for a network without gates."""
+    return model.checkpoint_blocks() if isinstance(model, GatedModel) else []
+
+
+def pruning_stages(model: nn.Module) -> list[tuple[str, ...]]:
+    """What ``GatedModel.pruning_stages`` says; a stage per group for a network without gates."""
+    gated = isinstance(model, GatedModel)
+    return model.pruning_stages() if gated else [(name,) for name in group_widths(model)]

@@ -139,7 +139,8 @@ def replace_head(model: nn.Module, num_classes: int) -> None:
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, num_classes, old.bias is not None)
     elif isinstance(old, nn.Conv2d):
-        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding)
+        how = {"stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
+        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, **how)
     else:
         raise ValueError(f"{known.net or type(model).__name__} has no classifier to replace")
     model.set_submodule(known.head, new.to(old.weight))

@@ -58,10 +58,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
 
 def group_widths(model: nn.Module) -> dict[str, int]:
     """Number of channels of every group, by group name."""
-    return {
-        group.name: len(_known(model).kept.get(group.name, range(group.width)))
-        for group in _known(model).groups
-    }
+    known = _known(model)
+    return {g.name: len(known.kept.get(g.name, range(g.width))) for g in known.groups}
 
 
 def _known(model: nn.Module) -> Structure:
@@ -176,6 +174,6 @@ def _about_beta(groups: tuple[ChannelGroup, ...], walk: Walk) -> list[str]:
     if not others:
         return []
     return [
-        "the score's beta term speaks of a ReLU behind the norm; here stands also"
-        f" {', '.join(sorted(others))} (the Taylor term, --criterion taylor, needs no ReLU)"
+        "the beta term of gfbs assumes a ReLU behind each norm; behind some norms here comes"
+        f" {', '.join(sorted(others))}; the Taylor term (--criterion taylor) needs no ReLU"
     ]

@@ -66,6 +66,7 @@ class Walk(fx.Interpreter):
         self._made: dict[int, str] = {}  # first number of the outputs of a layer -> its name
 
     def run_node(self, node: fx.Node) -> Any:
+        """The result of an operation, with ``Traced`` for tensors."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         if node.op == "output":
             return self._end(args)

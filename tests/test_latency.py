@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import networks
 import pytest
 import torch
 from helpers import one_run, run_gfbs
@@ -44,7 +45,7 @@ def test_the_plan_keeps_to_the_share_of_time_and_comes_near(made_up_timer, share
     saliency, ranking = ranking_of(model, **limits)
     lines = []
     goal = Goal("latency", share, **limits)
-    plan = select(model, saliency, goal, 32, {"network": model}, lines.append)
+    plan = select(model, saliency, goal, 32, {}, model, lines.append)
     _, found = select_by_time(model, ranking, 32, goal, model)
     assert share * (0.85 if limits else 0.94) <= found.share <= share and found.spread > 0
     assert plan == ranking.plan(sum(map(len, plan.keep.values()))) or limits or len(plan.keep) == 12
@@ -68,6 +69,12 @@ def test_both_networks_are_timed_in_turn(made_up_timer):
     assert sizes == [sizes[0], sizes[1]] * 3 and sizes[0] < sizes[1]
     assert [tuple(run.args[0].shape) for run in made_up_timer] == [(4, 3, 32, 32)] * 6
     assert found.after > found.before
+
+
+def test_both_networks_are_timed_where_the_pruned_one_is(made_up_timer):
+    cost.latency((networks.Branches(), networks.Branches().to("meta")), 16, 4)
+    where = {t.device.type for run in made_up_timer for t in (*run.func.parameters(), *run.args)}
+    assert where == {"meta"}
 
 
 def test_a_run_asks_for_time_reports_it_and_does_not_measure_again(

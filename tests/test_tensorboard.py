@@ -62,7 +62,7 @@ def test_hparams_show_network_criterion_goal_and_seed_first(trained):
     assert len(tags) == 3 and all("_hparams_/session_start_info" in run for run in tags.values())
     columns = backend.experiment_from_metadata(RequestContext(), "", True, tags, [])
     names = [column.name for column in columns.hparam_infos]
-    assert names[:6] == ["criterion", "macs", "net", "p", "params", "seed"]
+    assert names[:7] == ["criterion", "latency", "macs", "net", "p", "params", "seed"]
     assert {"bs", "w_beta", "epochs"} < {*names}
     shown = [metric.name.tag for metric in columns.metric_infos]
     assert "result/accuracy/baseline" in shown and "result/macs" in shown

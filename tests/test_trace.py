@@ -138,7 +138,7 @@ def test_what_stays_is_named():
     assert any("group_norm" in note for note in notes) and any(
         "conv2d in own" in note for note in notes
     )
-    assert "here stands also" not in " ".join(structure(network_of(networks.DnCNN)).notes)
+    assert "behind some norms" not in " ".join(structure(network_of(networks.DnCNN)).notes)
     (note,) = (n for n in structure(network_of(networks.Excite)).notes if "ReLU" in n)
     assert "hardswish, silu" in note
 

@@ -1,7 +1,7 @@
 """Try every classifier of torchvision that has BatchNorm, and twenty networks of timm.
 
-    python -m tools.networks docs/networks.md                 all of them: about an hour; what
-                                                              stands below a heading stays
+    python -m tools.networks docs/networks.md                 all of them; what stands below a
+                                                              heading in the page stays
     python -m tools.networks resnet18.md --only resnet18      one of them
 
 Half of the channels go, chosen at random. The pruned network must compute what the masked one does,

@@ -89,7 +89,7 @@ class Latency:
 def latency(
     networks: Sequence[nn.Module], image_size: int, batch: int, turns: int = 5, of: float = 0.05
 ) -> Latency:
-    """Time an unpruned and a pruned network, as they are deployed, on the device of the first.
+    """Time an unpruned and a pruned network, as they are deployed, on the device of the pruned one.
 
     Args:
         networks: the two of them.
@@ -97,7 +97,7 @@ def latency(
         batch: images at once.
         turns: how often each network has its turn, of at least ``of`` seconds.
     """
-    device = next(networks[0].parameters()).device
+    device = next(networks[1].parameters()).device
     stream = torch.Generator().manual_seed(0)  # the global random state stays
     images = torch.randn(batch, 3, image_size, image_size, generator=stream)
     images = images.to(device, memory_format=torch.channels_last)

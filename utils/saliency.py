@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import ChannelGroup, channel_groups
+from models import ChannelGroup, channel_groups, checkpoint_blocks
 from models.gate import folded_gates
 from utils.errors import InputError
 
@@ -256,8 +256,7 @@ def _gradients(
             layer = model.get_submodule(layer)
             watched[name] = nn.Parameter(getattr(layer, parameter).detach())
             setattr(layer, parameter, watched[name])
-    blocks = getattr(model, "checkpoint_blocks", list)() if recompute else []
-    for block in blocks:
+    for block in checkpoint_blocks(model) if recompute else []:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), folded_gates(model):

@@ -6,7 +6,7 @@ import bisect
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from utils.cost import Cost, Latency, latency, model_cost
 from utils.errors import InputError
 from utils.pruning import PruningPlan, Ranking, select_channels
 from utils.surgery import prune
+
+GOALS = ("p", "macs", "params", "latency")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def select(
     saliency: Mapping[str, Tensor],
     goal: Goal,
     image_size: int,
-    before: Mapping[str, Any],
+    before: Mapping[str, int],
+    unpruned: nn.Module | None = None,
     log: Callable[[str], None] = print,
 ) -> PruningPlan:
     """The most salient channels of a network that meet a goal.
@@ -66,8 +69,8 @@ def select(
         saliency: scores (C,) by group name.
         goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
-        before: ``gate_entries``, ``macs``, ``params`` and, for a goal of time, the ``network``
-            before any cut; the goal is a share of them.
+        before: ``gate_entries``, ``macs``, ``params`` before any cut; the goal is a share of them.
+        unpruned: the network before any cut, for a goal of time.
         log: is told of the time that was measured.
 
     Raises InputError if even the smallest plan costs more than the goal allows.
@@ -78,7 +81,7 @@ def select(
         return select_channels(groups, saliency, goal.value, entries=entries, **goal.limits)
     ranking = Ranking(groups, saliency, **goal.limits)
     if goal.kind == "latency":
-        plan, found = select_by_time(model, ranking, image_size, goal, before["network"])
+        plan, found = select_by_time(model, ranking, image_size, goal, unpruned)
         log(f"--latency {goal.value:g}: {found}, {goal.batch} images at once")
         return plan
     return select_within(model, ranking, image_size, goal.kind, before[goal.kind] * goal.value)

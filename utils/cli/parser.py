@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
+        """Flags with ``-`` or ``_``; those of --config come first, so that typed ones win."""
         words = [_underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
         if any(word.partition("=")[0] == "--config" for word in words):
             unset = argparse.Namespace(**dict.fromkeys((a.dest for a in self._actions), _UNSET))

@@ -21,7 +21,7 @@ from utils.run.existing import RunSettings
 from utils.run.record import Record
 from utils.run.rounds import Pruning
 from utils.saliency import CRITERIA, Scoring
-from utils.selection import Goal
+from utils.selection import GOALS, Goal
 
 
 def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
@@ -91,9 +91,6 @@ def pruning(args: Namespace, model: nn.Module, published: Recipes) -> Pruning:
     limits = args.min_channels, args.round_to, args.scope, args.latency_bs or 64
     goal = Goal(*_how_much(args), *limits)
     return Pruning(scoring, goal, way, args.recalibrate, method)
-
-
-GOALS = ("p", "macs", "params", "latency")
 
 
 def _how_much(args: Namespace) -> tuple[str, float]:

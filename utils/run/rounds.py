@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from models import GatedModel, group_widths
+from models import pruning_stages
 from utils.recipes import Recipe, Recipes
 from utils.saliency import Scoring
 from utils.selection import Goal
@@ -22,6 +23,12 @@ class Round:
     groups: tuple[str, ...] | None = None  # cut these of the plan; None: all that this selects
     fresh: bool = False  # train from fresh weights
     head: bool = False  # train the classifier alone
+
+    def in_words(self, cut: Sequence[str]) -> str:
+        """What the log says of it, where these groups have lost channels."""
+        if self.head:
+            return "train the new classifier alone"
+        return f"cut {', '.join(cut)}" if cut else "nothing to cut"
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,6 @@ def smooth(model: nn.Module, recipes: Recipes) -> tuple[Round, ...]:
 
     A part is a group or a residual block: see ``GatedModel.pruning_stages``.
     """
-    gated = isinstance(model, GatedModel)
-    stages = model.pruning_stages() if gated else [(name,) for name in group_widths(model)]
-    parts = enumerate(stages)
+    parts = enumerate(pruning_stages(model))
     rounds = [Round(recipes.stage, scores=i == 0, groups=groups) for i, groups in parts]
     return (*rounds, Round(recipes.final))

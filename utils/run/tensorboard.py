@@ -15,8 +15,8 @@ from torch import Tensor
 
 from utils.finetune import Epoch
 from utils.run.record import Record
+from utils.selection import GOALS
 
-GOALS = ("p", "macs", "params")
 FIRST = ("net", "criterion", *GOALS, "seed")  # columns of the HPARAMS tab
 
 
