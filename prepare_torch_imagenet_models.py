@@ -29,6 +29,7 @@ from utils.checkpoint import (
     read_state_dict,
     save_checkpoint,
 )
+from utils.checkpoint.rebuild import load_traced
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
 from utils.data.batches import About, Normalisation, choose_normalisation
@@ -38,7 +39,6 @@ from utils.distributed import select_runtime
 from utils.errors import InputError
 from utils.files import writable
 from utils.finetune import evaluate
-from utils.rebuild import load_traced
 from utils.run.baseline import check_classes
 
 if TYPE_CHECKING:

@@ -117,16 +117,20 @@ def test_both_ways_of_pruning_prune(outcomes, monkeypatch):
     assert list(comparison["facts"].values()) == [1, 1, 1, 1]
 
 
-def test_exported_networks_give_the_same_logits(outcomes):
-    one, many = run("infer", *TINY, "--p", "0.5")
-    assert (one["title"], many["title"]) == ("gateresnet20, batch 1", "gateresnet20, batch 4")
-    for logits in outcomes.values():
-        for name in ("unpruned", "pruned"):
-            assert relative_difference(logits[name], logits[f"{name}, exported"]) < 1e-5
-    fewer = one["facts"]["fewer multiply-adds, times"]
-    assert 1.2 < fewer < 4
-    # The made-up speed of the exported pruned network is 2.
-    assert one["facts"]["share of it that becomes time"] == pytest.approx(2 / fewer, abs=1e-3)
+def test_what_is_timed_is_cut_as_asked_and_exported_networks_agree(outcomes):
+    found = run("gain", *TINY, "--macs", "0.5")
+    titles = ["pt2, batch 1", "pt2, batch 4", "onnx, batch 1", "onnx, batch 4"]
+    titles += ["training in float32, batch 4", "training in bf16, batch 4"]
+    assert list(outcomes) == [f"gateresnet20, {title}" for title in titles]
+    for pt2, onnx in zip(list(outcomes.values())[:2], list(outcomes.values())[2:4], strict=True):
+        assert list(pt2) == ["unpruned", "--round_to 1", "--round_to 8", "--round_to 16"]
+        for name, logits in pt2.items():
+            assert relative_difference(logits, onnx[name]) < 1e-5
+    for part in found:
+        for made_up_speed, said in enumerate(part["facts"].values(), start=2):
+            fewer, saved = (float(said.split()[place]) for place in (0, 4))
+            assert fewer >= 2 and saved == pytest.approx(made_up_speed / fewer, abs=0.01)
+    assert found[0]["facts"]["--round_to 1"].startswith("2.0")  # and no more than was asked
 
 
 def test_ranks_are_compared_and_all_is_written(tmp_path):

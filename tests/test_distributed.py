@@ -20,7 +20,6 @@ from helpers import CPU, make_folder, random_model, same_weights
 from torch import nn
 
 import train
-from utils import launch
 from utils.checkpoint import save_checkpoint
 from utils.cli import settings
 from utils.cli.parser import run_script
@@ -28,6 +27,7 @@ from utils.data.batches import split_batches
 from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.pruning import PruningPlan
+from utils.run import launch
 from utils.surgery import prune
 
 TESTS = Path(__file__).parent

@@ -3,7 +3,7 @@
     python -m tools.benchmark data --folder my_images/train
     python -m tools.benchmark train --net gatevgg16
     python -m tools.benchmark prune --net resnet50 --bs 32
-    python -m tools.benchmark infer --net gatevgg16 --p 0.5 --round_to 8 --bs 64
+    python -m tools.benchmark gain --net gatevgg16 --macs 0.5 --bs 64
     python -m tools.benchmark scale --net gateresnet56
 
 Tables give medians, interquartile ranges, and how many times as fast as the first line the others
@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models import NETWORKS
 from models.gate import deployable
 from tools import export, measures
 from utils.cli.flags import add_device_flags
-from utils.cli.parser import Parser, count, count_or_zero, network, ratio, run_script
+from utils.cli.parser import Parser, count, count_or_zero, network, ratio, run_script, share
 from utils.cost import model_cost
 from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_images
@@ -45,11 +45,15 @@ from utils.distributed import Acceleration, Runtime, leave, select_runtime
 from utils.errors import InputError
 from utils.files import writable, write_json
 from utils.finetune import Trainer
+from utils.recipes import CIFAR_BASELINE
 from utils.run.provenance import command_line, versions
+from utils.saliency import channel_saliency
+from utils.selection import Goal, select
+from utils.surgery import prune as prune_network
 
 Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
-WHOLE_AND_CUT = ("unpruned", "pruned")
+ROUND_TO = (1, 8, 16)
 # The flags of train.py.
 SPEEDUPS = ("--no_channels_last", "", "--compile --fused", "--amp bf16", "--amp bf16 --compile")
 
@@ -138,32 +142,53 @@ def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     yield comparison
 
 
-def infer(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """How long a batch takes to classify: unpruned and pruned, exported to pt2 and as they are.
+def gain(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
+    """How much of the multiply-adds that are cut is saved time, for several --round_to.
 
-    The share of the multiply-adds' ratio that becomes real time is (t0 / t) / (m0 / m), of the
-    exported pruned network against the exported unpruned one. Fresh weights are scored on noise;
-    ``tools.evaluate`` times networks of yours.
+    Fresh weights are scored on noise and cut to --macs. Inference of one image and of a batch, by
+    exported files (pt2, ONNX); training of the batch in float32 and in bf16, channels_last.
     """
+    export.check_onnx()
     batch, size = measures.noise_batch(args, runtime), measures.image_size(args)
-    networks = {name: measures.fresh_model(args.net).to(runtime.device) for name in WHOLE_AND_CUT}
-    measures.score_select_cut(networks["pruned"], *batch, args.p, args.round_to)
-    before, after = (model_cost(model.eval(), size).macs for model in networks.values())
-    runs: dict[str, Callable] = {}
+    whole = measures.fresh_model(args.net).to(runtime.device)
+    saliency, before = channel_saliency(whole, *batch), {"macs": model_cost(whole, size).macs}
+    networks, fewer = {"unpruned": whole}, {}
+    for step in ROUND_TO:
+        goal, name = Goal("macs", args.macs, round_to=step), f"--round_to {step}"
+        plan = select(whole, saliency, goal, size, before)
+        networks[name] = prune_network(copy.deepcopy(whole), plan)
+        fewer[name] = before["macs"] / model_cost(networks[name], size).macs
+
+    def compared(title: str, images: int, runs: dict[str, Callable], *inputs: Any) -> dict:
+        title = f"{args.net}, {title}, batch {images}"
+        found = compare(title, images, runs, prepare=lambda name: inputs, seconds=0.1)
+        for row in found["contenders"][1:]:
+            times, faster = fewer[row["name"]], row["speed"]
+            said = (
+                f"{times:.2f} times fewer multiply-adds, {faster / times:.2f} of it saved as time"
+            )
+            found["facts"][row["name"]] = said
+        return found
+
+    for ending in ("pt2", "onnx"):
+        runs = {name: exported(network, size, ending) for name, network in networks.items()}
+        for images in (batch[0][:1], batch[0])[args.bs == 1 :]:
+            yield compared(ending, len(images), runs, images)
+    for amp in (None, "bf16"):
+        here = replace(runtime, acceleration=Acceleration(amp, channels_last=True))
+        copies = {name: copy.deepcopy(network).train() for name, network in networks.items()}
+        runs = {n: Trainer(network, CIFAR_BASELINE, here).step for n, network in copies.items()}
+        yield compared(f"training in {amp or 'float32'}", args.bs, runs, *batch)
+
+
+def exported(model: nn.Module, size: int, ending: str) -> Callable[[Tensor], Tensor]:
+    """The network as a user of its file has it: read back. ONNX runs on the CPU."""
+    device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "network.pt2"
-        for name, model in networks.items():  # as a user of the file has it: read back
-            export.write(deployable(model.cpu()), size, file)
-            runs[f"{name}, exported"] = export.read(file).to(runtime.device)
-    runs |= {name: model.to(runtime.device) for name, model in networks.items()}
-    runs = {name: torch.inference_mode()(network.forward) for name, network in runs.items()}
-    for images in (batch[0][:1], batch[0])[args.bs == 1 :]:
-        title, take = f"{args.net}, batch {len(images)}", partial(lambda part, _: (part,), images)
-        comparison = compare(title, len(images), runs, prepare=take, seconds=0.1)
-        faster = comparison["contenders"][1]["speed"]
-        comparison["facts"]["fewer multiply-adds, times"] = round(before / after, 3)
-        comparison["facts"]["share of it that becomes time"] = round(faster * after / before, 3)
-        yield comparison
+        export.write(deployable(model.cpu()), size, file := Path(folder) / f"network.{ending}")
+        network = export.read(file)
+    model.to(device)
+    return torch.inference_mode()(network.to(device).forward if ending == "pt2" else network)
 
 
 def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
@@ -207,7 +232,7 @@ QUESTIONS = {  # and their flags
     data: "images bs workers folder",
     train: "net bs image_size batches no_compile",
     prune: "net bs image_size p",
-    infer: "net bs image_size p round_to",
+    gain: "net bs image_size macs",
     scale: "net bs image_size batches",
 }
 FLAGS: dict[str, tuple] = {  # type, default, help
@@ -220,7 +245,7 @@ FLAGS: dict[str, tuple] = {  # type, default, help
     "batches": (count, 5, "batches a round"),
     "no_compile": (bool, False, "leave the compiled ones out"),
     "p": (ratio, 0.5, "how much is cut of fresh weights"),
-    "round_to": (count, 8, "widths in multiples of it"),
+    "macs": (share, 0.5, "share of the multiply-adds of fresh weights that stays"),
     "rounds": (count, 7, "how often each contender is timed"),
     "profile": (bool, False, "look at what the time is spent on, too"),
     "json": (str, None, "write every single time into this file, too"),

@@ -175,10 +175,10 @@ def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, _: float 
 
 
 def score_select_cut(
-    model: nn.Module, images: Tensor, labels: Tensor, p: float, round_to: int = 1, **scoring: bool
+    model: nn.Module, images: Tensor, labels: Tensor, p: float, **scoring: bool
 ) -> nn.Module:
     saliency = channel_saliency(model, images, labels, **scoring)
-    return prune(model, select_channels(channel_groups(model), saliency, p, round_to=round_to))
+    return prune(model, select_channels(channel_groups(model), saliency, p))
 
 
 def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 import torch
 
 from models import check_network
-from utils import launch
 from utils.cli import settings
 from utils.cli.config import repeating
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
+from utils.run import launch
 from utils.run.provenance import program
 from utils.run.signals import Signals
 

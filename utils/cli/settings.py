@@ -11,12 +11,11 @@ from typing import Any
 from torch import nn
 
 from models import ALIASES, group_widths
-from utils import launch
 from utils.checkpoint import Checkpoint
 from utils.data.batches import Normalisation, Split
 from utils.distributed import Acceleration, Runtime, select_runtime
 from utils.recipes import CIFAR_COSINE, Cosine, Recipes
-from utils.run import rounds
+from utils.run import launch, rounds
 from utils.run.existing import RunSettings
 from utils.run.record import Record
 from utils.run.rounds import Pruning

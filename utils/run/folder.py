@@ -15,14 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from utils import launch
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.data.listing import class_digest
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, writable, write_bytes, write_json, write_text
 from utils.pruning import PruningPlan
-from utils.run import existing
+from utils.run import existing, launch
 from utils.run.existing import RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import locked
 from utils.run.provenance import command_line, program, python, versions

@@ -25,10 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, GatedModel, check_network, structure
-from utils.data.metadata import FORMAT, check_entries, check_format
-from utils.errors import InputError
-from utils.files import read_tensors, write_atomically
-from utils.rebuild import (
+from utils.checkpoint.metadata import FORMAT, check_entries, check_format
+from utils.checkpoint.rebuild import (
     FLOATS,
     count_classes,
     infer_network,
@@ -38,6 +36,8 @@ from utils.rebuild import (
     rebuild_traced,
     skeleton,
 )
+from utils.errors import InputError
+from utils.files import read_tensors, write_atomically
 
 
 @dataclass(frozen=True)
