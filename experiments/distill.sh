@@ -5,7 +5,7 @@
 
 baselines gateresnet20 "$@"
 for seed in $SEEDS; do
-    for how in "" "--distill 0.5" "--distill 0.9"; do
+    for how in "" "--distill 0.5"; do
         prune gateresnet20 --macs 0.5 $(score "$seed" gfbs) --epochs 10 --cosine $how "$@"
     done
 done
