@@ -114,11 +114,9 @@ class Walk(fx.Interpreter):
 
     def _layer_rule(self, name: str) -> Callable | None:
         module = self.layers[name]
-        kinds = {
-            _ConvTransposeNd: self._convolution, _ConvNd: self._convolution,
-            nn.Linear: self._linear, _BatchNorm: self._norm, nn.PReLU: self._prelu,
-            Gate: self._gate, PadShortcut: self._remap, ChannelSelector: self._remap,
-        }  # fmt: skip
+        torchs = {_ConvNd: self._convolution, nn.Linear: self._linear, nn.PReLU: self._prelu}
+        ours = {Gate: self._gate, PadShortcut: self._remap, ChannelSelector: self._remap}
+        kinds = {**torchs, _BatchNorm: self._norm, **ours}
         return next((rule for kind, rule in kinds.items() if isinstance(module, kind)), None)
 
     def _fixed(self, tree: Any) -> Any:

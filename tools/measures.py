@@ -26,7 +26,7 @@ from utils.recipes import CIFAR_BASELINE
 from utils.saliency import channel_saliency
 from utils.surgery import prune
 
-exhaust = deque(maxlen=0).extend  # goes through all there is
+exhaust = deque(maxlen=0).extend  # takes an iterator to its end
 
 
 def compare(
@@ -130,7 +130,7 @@ def fresh_model(net: str, gates: bool = True) -> nn.Module:
 
 
 def noise_batches(number: int, batch: int, size: int, runtime: Runtime) -> ImageBatches:
-    """Training batches of images that cost what others do."""
+    """Training batches of noise, which takes as long to train on as photos."""
     stream = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (number, 3, size, size), dtype=torch.uint8, generator=stream)
     images = ImageSet(pixels, torch.arange(number) % 10)
@@ -148,7 +148,7 @@ def training(args: Args, runtime: Runtime, gates: bool = True) -> tuple[Trainer,
 
 
 def plain_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
-    """What one writes without a second thought; returns the loss and the accuracy in %."""
+    """The loop that most people write; returns the loss and the accuracy in %."""
     model, optimizer = trainer.model.train(), trainer.optimizer
     loss_sum, hits = 0.0, 0
     for images, labels in batches:

@@ -38,7 +38,9 @@ WIDTHS = re.compile(r"(\S+):(\d+)/([1-9]\d*)")  # of a channel group, after/befo
 
 
 def cell(value: Any) -> str:
-    """One text for equal values: 1 for 1.0; no character that a terminal would obey."""
+    """A value as text. Equal values give equal texts: 1 and 1.0 give "1". Control characters become
+    question marks, since a terminal would obey them.
+    """
     if value is None or value is False:
         return ""
     if isinstance(value, (list, tuple)):

@@ -25,10 +25,15 @@ PATIENCE = 600  # seconds after a signal until SIGKILL; ranks finish a batch and
 def processes(
     device: str, gpus: Sequence[int] | None, wanted: int | None, batch: int, flag: str, parts: int
 ) -> tuple[int, str]:
-    """How many processes share every batch, and a line for the log; see ``flags`` for the rest.
+    """How many processes share every batch, and a line for the log.
 
-    One per GPU of ``gpus``; by default, one for each of as many visible GPUs as the ``batch`` of
-    this ``flag`` divides by, in ``parts``. On a CPU, ``wanted``. In a rank, 1.
+    With ``gpus``, each of these GPUs has one. Without, as many of the visible GPUs as the batch
+    divides by. On a CPU, there are ``wanted`` processes. In a process that is a rank already: 1.
+
+    Args:
+        device, gpus, wanted: --device, --gpu and --processes.
+        batch, flag: images in a batch, and the flag that says so.
+        parts: --accumulate.
     """
     if "WORLD_SIZE" in os.environ:
         if wanted and ROOT_CAUSE not in os.environ:
