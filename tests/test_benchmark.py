@@ -129,7 +129,7 @@ def test_what_is_timed_is_cut_as_asked_and_exported_networks_agree(outcomes, mon
             assert relative_difference(logits, onnx[name]) < 1e-5
     for part in found:
         for made_up_speed, said in enumerate(part["facts"].values(), start=2):
-            fewer, saved = (float(said.split()[place]) for place in (0, 4))
+            fewer, saved = (float(said.split()[place]) for place in (0, 6))
             assert fewer >= 2 and saved == pytest.approx(made_up_speed / fewer, abs=0.01)
     assert found[0]["facts"]["--round_to 1"].startswith("2.0")  # and no more than was asked
 

@@ -152,22 +152,22 @@ def gain(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     batch, size = measures.noise_batch(args, runtime), measures.image_size(args)
     whole = measures.fresh_model(args.net).to(runtime.device)
     saliency, before = channel_saliency(whole, *batch), {"macs": model_cost(whole, size).macs}
-    networks, fewer = {"unpruned": whole}, {}
+    networks, fewer, facts = {"unpruned": whole}, {}, {}
+    activations = measures.activations(whole, batch[0][:1])
     for step in ROUND_TO:
         goal, name = Goal("macs", args.macs, round_to=step), f"--round_to {step}"
         plan = select(whole, saliency, goal, size, before)
         networks[name] = prune_network(copy.deepcopy(whole), plan)
         fewer[name] = before["macs"] / model_cost(networks[name], size).macs
+        narrower = activations / measures.activations(networks[name], batch[0][:1])
+        facts[name] = f"{fewer[name]:.2f} times fewer multiply-adds, {narrower:.2f} activations"
 
     def compared(title: str, images: int, runs: dict[str, Callable], *inputs: Any) -> dict:
         title = f"{args.net}, {title}, batch {images}"
         found = compare(title, images, runs, prepare=lambda name: inputs, seconds=0.1)
         for row in found["contenders"][1:]:
-            times, faster = fewer[row["name"]], row["speed"]
-            said = (
-                f"{times:.2f} times fewer multiply-adds, {faster / times:.2f} of it saved as time"
-            )
-            found["facts"][row["name"]] = said
+            part = row["speed"] / fewer[name := row["name"]]
+            found["facts"][name] = f"{facts[name]}; {part:.2f} of the first is saved time"
         return found
 
     for ending in ("pt2", "onnx"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, get_num_threads, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import profile
 
 from models import IMAGENET_NETWORKS, Gate, build_model, channel_groups, structure
@@ -94,6 +95,18 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     lines += [f"{name}: {value}" for name, value in comparison["facts"].items()]
     lines += [f"\n{name}:\n{table}" for name, table in comparison["profiles"].items()]
     return "\n".join(lines)
+
+
+def activations(model: nn.Module, images: Tensor) -> int:
+    """How many numbers come out of all BatchNorms for these images."""
+    sizes: list[int] = []
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    hooks = [n.register_forward_hook(lambda *call: sizes.append(call[2].numel())) for n in norms]
+    with torch.no_grad():
+        model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def peak_bytes(run: Callable[..., Any], arguments: tuple, device: torch.device) -> int:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -94,6 +95,8 @@ def apart(measure: Callable[[str], list[str]], name: str) -> list[str]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
             return process.submit(measure, name).result()
+        except BrokenProcessPool:
+            return ["its process was killed"]
         except Exception as error:
             return [
                 f"{type(error).__name__}: {' '.join(str(error).split())[:90]}".replace("|", "/")
