@@ -283,6 +283,8 @@ def fit(
         with warnings.catch_warnings():
             # After a resume at the end of an epoch, no optimiser step comes before this one.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            # torch 2.8's SequentialLR does what its own LinearLR warns of.
+            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step")
             trainer.scheduler.step()
         batch, sums = 0, None
         history.append(Epoch(epoch + 1, lr, trained, tested, images / seconds))
