@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -94,7 +94,9 @@ def check_network(net: str, known: Sequence[str] | None = None) -> str:
 
 
 def construct(net: str, num_classes: int | None = None) -> nn.Module:
-    """A network by its name, with fresh weights; see ``build_model``. It is not traced yet."""
+    """A network by its name, with fresh weights. Without gates it is not traced yet; see
+    ``build_model``.
+    """
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):
         raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {name} takes any number")
@@ -104,11 +106,21 @@ def construct(net: str, num_classes: int | None = None) -> nn.Module:
         if not isinstance(model, GatedModel):
             raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
         model.head_layer()
-        model.structure.net, model.structure.head = name, model.head
+        known = model.structure
+        known.net, known.head, (known.groups, known.notes) = name, model.head, _read(NETWORKS[name])
         return model
     if ":" in name:
         return _factory(name)(**options)
     return from_torchvision(name, **options)
+
+
+@cache
+def _read(network: Callable[..., GatedModel]) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...]]:
+    """The channel groups of a network of ours, and notes. They do not depend on num_classes."""
+    with torch.device("meta"):
+        model = network(num_classes=1)
+    with torch.device("cpu"):  # also where the caller has chosen another
+        return tracing.read_gated(model)
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:

@@ -39,6 +39,9 @@ class ChannelGroup:
     inputs: Places
     entries: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict) -> ChannelGroup:
+        return self  # nothing changes it, so the copies of a network share it
+
     @property
     def width(self) -> int:
         """The number of channels."""

@@ -65,8 +65,14 @@ def group_widths(model: nn.Module) -> dict[str, int]:
 def _known(model: nn.Module) -> Structure:
     known = structure(model)
     if known.groups is None:
-        known.groups, known.notes, *_ = read_groups(model, torch.empty(1, 3, 64, 64))
+        known.groups, known.notes = read_gated(model)
     return known
+
+
+def read_gated(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...]]:
+    """The channel groups of an unpruned network with gates, and notes; see ``read_groups``."""
+    groups, notes, *_ = read_groups(model, torch.empty(1, 3, 64, 64))
+    return groups, notes
 
 
 def read_groups(

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import compress
 from typing import Any, Literal, TypeVar
 
@@ -81,7 +82,10 @@ class Runtime:
             if self.sync_bn:
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)  # edits the layers of the model
             # ``sync_buffers`` sends the statistics when they are read, not at every batch.
-            network = DistributedDataParallel(model, forward_sync_buffers=False)
+            known = signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers"
+            off = {name if name in known else "broadcast_buffers": False}  # as torch 2.8 calls it
+            network = DistributedDataParallel(model, **off)
         if not self.acceleration.compile:
             return network
         torch.compiler.reset()  # else torch stops compiling after a few rounds

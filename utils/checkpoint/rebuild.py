@@ -31,7 +31,6 @@ def rebuild(
         raise InputError(f"damaged: {error}") from error
     with torch.random.fork_rng([]):
         model = construct(net, num_classes)
-    model.structure.groups = shapes.structure.groups  # traced once
     check_fits(prune(shapes, plan), state)
     return fill(prune(model, plan), state)
 
