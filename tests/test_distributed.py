@@ -136,8 +136,10 @@ def test_bad_input_ends_what_we_start_with_one_line_and_its_code(place):
     (place / "checkpoints").write_text("a file where the folder should go")
     running = by_ourselves("--processes", "2")
     shown, wrong = running.communicate(timeout=200)
-    assert running.returncode == 2 and not shown
-    assert "cannot be written" in wrong and wrong.count("\n") == 1
+    lines = shown.splitlines() + wrong.splitlines()
+    lines = [line for line in lines if not line.startswith("[Gloo]")]  # as torch 2.8 prints
+    assert running.returncode == 2 and len(lines) == 1
+    assert "cannot be written" in lines[0] and lines[0] in wrong
 
 
 def test_a_signal_that_comes_twice_stops_all_ranks_and_the_run_continues(place):

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from types import FrameType
 from typing import NoReturn
 
@@ -75,15 +76,18 @@ def start(command: Sequence[str], ranks: int) -> int:
         os.environ[ROOT_CAUSE] = cause = f"{folder}/root_cause"
         size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0}
         meet = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-        end = {"shutdown_timeout": PATIENCE, "signals_to_handle": "SIGQUIT"}
         logs = {"run_id": "gfbs", "logs_specs": DefaultLogsSpecs(folder)}
+        names = {field.name for field in fields(LaunchConfig)}
+        # torch 2.8 handles the other signals in any case, and kills after 30 seconds.
+        end = {"signals_to_handle": "SIGQUIT"} if "signals_to_handle" in names else {}
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)
         config = LaunchConfig(**size, **meet, **end, **logs)
         try:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, stop)
             elastic_launch(config, sys.executable)(*command)
-        except SignalException:
-            return 128 + (received[0] if received else signal.SIGQUIT)
+        except SignalException as error:
+            return 128 + (received[0] if received else error.sigval)
         except ChildFailedError as error:
             rank, failure = next(iter(error.failures.items()))  # in the order of their ends
             if failure.exitcode < 0:
