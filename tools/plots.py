@@ -62,17 +62,21 @@ def draw(trials: Sequence[Trial]) -> Figure:
 def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
     """By title; a network with more than ``MOST`` curves has several panels."""
     several = {n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1}
-    places: dict[str, Curves] = {}
+    places: dict[str, list[Row]] = {}
     for row in rows:
-        both = {name: row.text(name) for name in ("criterion", "method")}
-        parts = [text for name, text in both.items() if name in several]
-        parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
-        same = [text for name, text in both.items() if name not in several]
+        same = [row.text(name) for name in ("criterion", "method") if name not in several]
         title = ", ".join([f"{row.text('net')} on {row.text('dataset')}", *same])
-        label = ", ".join(filter(None, [*parts, row.also])) or row.text("criterion")
-        places.setdefault(title, {}).setdefault(textwrap.fill(label, 70), []).append(row)
+        places.setdefault(title, []).append(row)
     panels = {}
-    for title, curves in places.items():
+    for title, members in places.items():
+        curves: Curves = {}
+        alike = set.intersection(*({*row.also.split(", ")} for row in members))
+        for row in members:
+            parts = [row.text(name) for name in ("criterion", "method") if name in several]
+            parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
+            parts += [setting for setting in row.also.split(", ") if setting not in alike]
+            label = textwrap.fill(", ".join(parts) or row.text("criterion"), 70)
+            curves.setdefault(label, []).append(row)
         count = -(-len(curves) // MOST)
         for i in range(count):  # about equally many in each
             part = list(curves.items())[len(curves) * i // count : len(curves) * (i + 1) // count]
