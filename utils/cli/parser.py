@@ -80,6 +80,12 @@ def run_script(
     2 for bad input, 1 for a run that cannot go on, 130 and 143 for SIGINT and SIGTERM, each with
     one line on stderr.
     """
+    return launch.end(_run(parse_args, main))
+
+
+def _run(
+    parse_args: Callable[..., argparse.Namespace], main: Callable[[argparse.Namespace], Any]
+) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # the parent process has closed it
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)

@@ -98,6 +98,18 @@ def start(command: Sequence[str], ranks: int) -> int:
     return 0
 
 
+def end(code: int) -> int:
+    """Return the exit code of a script. A rank that ``start`` has started ends here instead.
+
+    Otherwise threads of torch can abort it while it tidies up, and its exit code is lost.
+    """
+    if ROOT_CAUSE in os.environ and "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def is_root_cause(code: int) -> bool:
     """Whether this process should say why it ends: no other rank has failed before it.
 
