@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from types import FrameType
 from typing import NoReturn
@@ -104,8 +105,9 @@ def end(code: int) -> int:
     Otherwise threads of torch can abort it while it tidies up, and its exit code is lost.
     """
     if ROOT_CAUSE in os.environ and "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # the reader of a pipe may be gone
+                stream.flush()
         os._exit(code)
     return code
 
