@@ -50,8 +50,8 @@ def trace(model: nn.Module, example: Tensor, net: str = "") -> nn.Module:
 def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """The channel groups of a network as it is now, in forward order.
 
-    A network with gates is traced at the first call. Raises TypeError for another one that nobody
-    has traced.
+    A network with gates that ``models.build_model`` has not made is traced at the first call.
+    Raises TypeError for a network without gates that nobody has traced.
     """
     return _known(model).present()
 

@@ -37,7 +37,7 @@ from utils.checkpoint import load_model
 from utils.cli.parser import run_script
 
 COMMON = "--net gateresnet20 --dataset synthetic --image_size 8 --device cpu --bs 64"
-TRAIN = f"{COMMON} --epochs 2 --limit_train_batches 6 --limit_test_batches 1"
+TRAIN = f"{COMMON} --epochs 2 --limit_train_batches 12 --limit_test_batches 1"
 PRUNE = f"{TRAIN} --p 0.5 --smooth --smooth_epochs 1 --final_epochs 2"
 PRUNE += " --ema 0.9 --distill 0.5 --accumulate 2"  # what else last.pth has to hold
 PIPELINE = ((train, TRAIN), (gfbs_cifar, PRUNE))
@@ -47,7 +47,7 @@ PATIENCE = 100  # seconds until a rank counts as hanging
 def start(script: ModuleType, flags: str, output: Path, ranks: int) -> list[BaseProcess]:
     """Start a script, which resumes whatever it finds, on so many ranks."""
     places = ["--output", str(output), "--logdir", str(output / "runs"), "--resume"]
-    argv = [f"{script.__name__}.py", *flags.split(), *places, "--checkpoint_every", "2"]
+    argv = [f"{script.__name__}.py", *flags.split(), *places, "--checkpoint_every", "3"]
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}

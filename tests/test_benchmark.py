@@ -127,6 +127,7 @@ def test_what_is_timed_is_cut_as_asked_and_exported_networks_agree(outcomes, mon
         assert list(pt2) == ["unpruned", "--round_to 1", "--round_to 8"]
         for name, logits in pt2.items():
             assert relative_difference(logits, onnx[name]) < 1e-5
+        assert not torch.equal(pt2["--round_to 1"], pt2["--round_to 8"])  # not the same network
     for part in found:
         for made_up_speed, said in enumerate(part["facts"].values(), start=2):
             fewer, saved = (float(said.split()[place]) for place in (0, 6))

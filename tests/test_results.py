@@ -187,7 +187,7 @@ def test_baselines_that_do_not_tell_how_they_were_trained_are_told_apart_by_weig
     for i, (name, seed) in enumerate(weights):
         make_result(tmp_path / f"{i}", seed=seed, config={"baseline": name}, baseline=None)
     rows = results.make_rows(trials(tmp_path))[0]
-    assert {row.also: len(row.runs) for row in rows} == {"baseline v1": 2, "baseline v2": 1}
+    assert {row.also: len(row.runs) for row in rows} == {("baseline v1",): 2, ("baseline v2",): 1}
 
 
 def test_a_copied_folder_counts_once_and_a_contradiction_is_refused(tmp_path):

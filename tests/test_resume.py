@@ -388,7 +388,7 @@ def _saved(state):
 # Kill -9
 
 
-@pytest.mark.parametrize("kills, ranks", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("kills, ranks", [(3, 1), (1, 2)])
 def test_killed_it_ends_with_the_same_bits(kills, ranks):
     """The same as ``make kill``, with fewer kills, and on two ranks."""
     flags = ["--kills", str(kills), "--ranks", str(ranks), "--seed", "0"]

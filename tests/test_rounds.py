@@ -142,6 +142,7 @@ def test_other_networks_go_every_way(place, net):
     run_train("--net", net, "--epochs", "1")
     folder = place / "checkpoints" / f"{net}_folder"
     ways = {
+        "p0.4": "--p 0.4",
         "p0.4_smooth": "--p 0.4 --smooth --smooth_epochs 0 --final_epochs 1",
         "p0.4_steps2": "--p 0.4 --steps 2 --step_epochs 0",
         "macs0.5": "--macs 0.5",

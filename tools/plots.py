@@ -70,11 +70,11 @@ def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
     panels = {}
     for title, members in places.items():
         curves: Curves = {}
-        alike = set.intersection(*({*row.also.split(", ")} for row in members))
+        alike = set.intersection(*({*row.also} for row in members))
         for row in members:
             parts = [row.text(name) for name in ("criterion", "method") if name in several]
             parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
-            parts += [setting for setting in row.also.split(", ") if setting not in alike]
+            parts += [setting for setting in row.also if setting not in alike]
             label = textwrap.fill(", ".join(parts) or row.text("criterion"), 70)
             curves.setdefault(label, []).append(row)
         count = -(-len(curves) // MOST)

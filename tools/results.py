@@ -53,7 +53,7 @@ def markdown(trials: Sequence[Trial]) -> str:
     """A row per experiment; what all have in common stands above the table."""
     rows, same = make_rows(trials)
     left = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
-    left |= {"asked": [r.asked for r in rows], "settings": [r.also or "-" for r in rows]}
+    left |= {"asked": [r.asked for r in rows], "settings": [", ".join(r.also) or "-" for r in rows]}
     alike = {title: left.pop(title)[0] for title in [*left] if len({*left[title]}) == 1}
     common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")]
     common += [words(*setting) for setting in same.items()]

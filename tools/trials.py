@@ -201,12 +201,12 @@ class Spread(NamedTuple):
 class Row(NamedTuple):
     """An experiment: runs that differ in nothing but their seeds.
 
-    ``also`` says in words the settings without a column in which rows differ; ``percent`` has
+    ``also`` has in words the settings without a column in which rows differ; ``percent`` has
     accuracies by name, and the shares that ``macs``, ``params`` and every channel group keep.
     """
 
     runs: list[Trial]
-    also: str
+    also: tuple[str, ...]
     percent: dict[str, Spread]
 
     def text(self, column: str) -> str:
@@ -230,7 +230,7 @@ def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
         groups.setdefault(key, []).append(trial)
     same, rows = frozenset.intersection(*groups), []
     for key, runs in groups.items():
-        also = ", ".join(words(*s) for s in sorted(key - same) if s[0] not in COLUMNS)
+        also = tuple(words(*s) for s in sorted(key - same) if s[0] not in COLUMNS)
         found = [_percent(run) for run in runs]
         numbers = {n: [f[n] for f in found] for n in found[0] if all(n in f for f in found)}
         rows.append(Row(runs, also, {name: Spread.of(of) for name, of in numbers.items()}))

@@ -81,7 +81,7 @@ def start(command: Sequence[str], ranks: int) -> int:
         names = {field.name for field in fields(LaunchConfig)}
         # torch 2.8 handles the other signals in any case, and kills after 30 seconds.
         end = {"signals_to_handle": "SIGQUIT"} if "signals_to_handle" in names else {}
-        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
         config = LaunchConfig(**size, **meet, **end, **logs)
         try:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
