@@ -111,6 +111,18 @@ def test_the_exit_code_names_the_signal(tmp_path, signum, code):
     load_checkpoint(last)
 
 
+def test_a_signal_that_comes_again_does_not_change_the_exit_code():
+    script = """if True:
+        import atexit, os, signal, train
+        from utils.cli.parser import run_script
+        from utils.errors import Interrupted
+        def stopped(args): raise Interrupted(signal.SIGTERM)
+        atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+        raise SystemExit(run_script(lambda: train.parse_args([]), stopped))"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+
+
 def interrupted(monkeypatch, *command, spec=None):
     """What a script that is interrupted in training says to continue with, as words."""
     call = RunCallback.after_batch

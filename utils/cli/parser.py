@@ -22,7 +22,7 @@ from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.run import launch
 from utils.run.provenance import program
-from utils.run.signals import Signals
+from utils.run.signals import SIGNALS
 
 KILLED = (
     "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"
@@ -80,7 +80,11 @@ def run_script(
     2 for bad input, 1 for a run that cannot go on, 130 and 143 for SIGINT and SIGTERM, each with
     one line on stderr.
     """
-    return launch.end(_run(parse_args, main))
+    with SIGNALS.handled():
+        code = _run(parse_args, main)
+        if code > 128:
+            SIGNALS.ignore_afterwards()
+        return launch.end(code)
 
 
 def _run(
@@ -90,11 +94,9 @@ def _run(
         if getattr(sys, stream) is None:  # the parent process has closed it
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
         getattr(sys, stream).reconfigure(errors="backslashreplace")  # names may be in any alphabet
-    args = parse_args()
-    signals = Signals()
-    signals.install()
     name = Path(program()[-1]).name
     try:
+        args = parse_args()
         ranks, how = settings.processes(args)
         if how:
             os.environ[launch.STARTED] = how
@@ -118,7 +120,6 @@ def _run(
         how = f"; continue with: {stop.resume_with}" if stop.resume_with else ""
         return _say(128 + stop.signum, f"{name}: {stop}{how}")
     finally:
-        signals.restore()
         leave()
     return 0
 

@@ -26,7 +26,7 @@ from utils.run.existing import RunSettings, find_last, find_run, load_resumable
 from utils.run.lock import locked
 from utils.run.provenance import command_line, program, python, versions
 from utils.run.record import Record
-from utils.run.signals import Signals
+from utils.run.signals import SIGNALS
 from utils.run.state import RunState, place_of
 from utils.run.tensorboard import TensorBoardLog
 
@@ -42,7 +42,7 @@ class RunFolder:
     def __init__(self, settings: RunSettings, runtime: Runtime, identity: existing.Identity = dict):
         self.settings, self.folder, self.identity = settings, settings.folder, identity
         self.config, self.runtime = dict(settings.config), runtime
-        self.signals, self.board, self._opened = Signals(), TensorBoardLog(), ExitStack()
+        self.signals, self.board, self._opened = SIGNALS, TensorBoardLog(), ExitStack()
         self._log, self._saved = None, False
         self._last: Checkpoint | None = None
         self._earlier = settings.repeats and existing.read_dict(settings.repeats) or {}
@@ -66,8 +66,7 @@ class RunFolder:
             path = self.runtime.on_main(self._open)
             if path and self._last is None:  # another rank than 0: load the file that rank 0 chose
                 self._last = load_resumable(path, self.settings.net)
-            self.signals.install()
-            self._opened.callback(self.signals.restore)
+            self._opened.enter_context(self.signals.handled())
             self.log(f"$ {command_line()}")
             if how := os.environ.get(launch.STARTED):
                 self.log(how)

@@ -7,16 +7,17 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from types import FrameType
-from typing import NoReturn
 
 import torch
 
 from utils.distributed import Runtime, find_devices
 from utils.errors import InputError
+from utils.run.signals import ONE_SIGNAL
 
 # In the environment of the processes: a line for the log, and where the first failed rank leaves
 # its exit code.
@@ -65,11 +66,12 @@ def start(command: Sequence[str], ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-    received: list[int] = []
+    received: list[tuple[int, float]] = []  # signals, and when they came
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        received.append(signum)
-        raise SignalException("", signal.SIGTERM)  # the launcher sends it to all ranks
+    def stop(signum: int, frame: FrameType | None) -> None:
+        received.append((signum, time.monotonic()))
+        if len(received) == 1 or received[-1][1] - received[0][1] > ONE_SIGNAL:
+            raise SignalException("", signal.SIGTERM)  # the launcher sends it to all ranks
 
     logging.disable()  # the launcher's report of a failure: the rank has said why it fails
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -88,7 +90,7 @@ def start(command: Sequence[str], ranks: int) -> int:
                 signal.signal(signum, stop)
             elastic_launch(config, sys.executable)(*command)
         except SignalException as error:
-            return 128 + (received[0] if received else error.sigval)
+            return 128 + (received[0][0] if received else error.sigval)
         except ChildFailedError as error:
             rank, failure = next(iter(error.failures.items()))  # in the order of their ends
             if failure.exitcode < 0:

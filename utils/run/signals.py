@@ -17,21 +17,36 @@ ONE_SIGNAL = 1  # seconds in which a second signal is the same one, delivered tw
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM between ``install`` and ``restore``."""
+    """Handles SIGINT and SIGTERM while ``handled``. A process has one: ``SIGNALS``."""
 
     def __init__(self):
         self.received = 0  # number of the first signal; 0 before it
         self._since, self._deferring = 0.0, False  # since when, by time.monotonic
-        self._before: dict[int, object] = {}
+        self._afterwards: dict[int, object] = {}  # the handlers after the context
 
-    def install(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python forbids it elsewhere
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._handle)
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the signals in this context; a context within it changes nothing."""
+        main = threading.current_thread() is threading.main_thread()  # Python asks for it
+        if self._afterwards or not main:
+            yield
+            return
+        self.received = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._afterwards[signum] = signal.signal(signum, self._handle)
+        try:
+            yield
+        finally:
+            for signum, handler in self._afterwards.items():
+                signal.signal(signum, handler)
+            self._afterwards.clear()
 
-    def restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    def ignore_afterwards(self) -> None:
+        """The process ends after ``handled``: a signal that comes once more changes nothing.
+
+        Otherwise it would kill a Python that is about to end, and the exit code would be lost.
+        """
+        self._afterwards = dict.fromkeys(self._afterwards, signal.SIG_IGN)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -54,3 +69,6 @@ class Signals:
         if os.environ.get("RANK", "0") == "0":
             what = "stopping after this batch; once more to stop at once"
             print(what, file=sys.stderr, flush=True)
+
+
+SIGNALS = Signals()
