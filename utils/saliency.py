@@ -21,33 +21,26 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class GroupSignals:
-    """What a criterion knows of one group with C channels and k norms.
+    """What a criterion knows of one group with C channels.
 
-    A value of a norm or a convolution is that of the whole layer, which may have other channels,
-    too: ``rows`` and ``mean`` read it where the channels of the group lie.
-
-    Attributes:
-        places: per layer, the places (C, n) of the channels in it.
-        gamma: scales of the norms, by layer.
-        beta: shifts of the norms, by layer.
-        filters: one matrix (outputs, weights) for each of the group's ``convs``: the filters that
-            make the channels or, where a convolution only reads them, its input slices.
-        random: (C,) uniform in [0, 1); other numbers for every group.
-        gamma_grad, beta_grad: gradients of the loss by gamma and beta, if a criterion needs them.
-        gate_grad: gradients of the loss by the gates, if it needs these.
+    The dicts hold values of whole layers, by layer. A layer may have other channels, too: ``rows``
+    and ``mean`` read the values where the channels of the group lie. Gradients are those of the
+    loss; the ones that the criterion does not ask for are missing.
     """
 
-    places: dict[str, Tensor]
-    gamma: dict[str, Tensor]
-    beta: dict[str, Tensor]
+    places: dict[str, Tensor]  # (C, n) where the channels lie in each layer
+    gamma: dict[str, Tensor]  # scales of the norms
+    beta: dict[str, Tensor]  # shifts of the norms
+    # One matrix (outputs, weights) for each of the group's ``convs``: the filters that make the
+    # channels or, where a convolution only reads them, its input slices.
     filters: dict[str, Tensor]
-    random: Tensor
+    random: Tensor  # (C,) uniform in [0, 1); other numbers for every group
     gamma_grad: dict[str, Tensor]
     beta_grad: dict[str, Tensor]
     gate_grad: dict[str, Tensor]
 
     def rows(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Values of whole layers, by layer -> those of this group, (layers, C)."""
+        """(layers, C) the values of the group's channels, layer by layer."""
         return torch.stack([v[self.places[name]].mean(1) for name, v in values.items()])
 
     def mean(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -67,6 +60,16 @@ def unit(x: Tensor) -> Tensor:
     return torch.where(norm > 1e-12, x / norm, wide)
 
 
+def gfbs(group: GroupSignals, w_beta: float) -> Tensor:
+    """Gradient flow based saliency, the method of this project:
+
+    |gamma| / ||gamma|| * |dL/dgamma| / ||dL/dgamma|| + w_beta * beta / ||beta||
+
+    For several norms, each of the three factors is averaged over the norms before they combine.
+    """
+    return taylor(group, w_beta) + beta(group, w_beta)
+
+
 def taylor(group: GroupSignals, w_beta: float) -> Tensor:
     """First-order Taylor term of gamma: |gamma| / ||gamma|| * |dL/dgamma| / ||dL/dgamma||."""
     return group.mean_abs(group.gamma) * group.mean_abs(group.gamma_grad)
@@ -75,14 +78,6 @@ def taylor(group: GroupSignals, w_beta: float) -> Tensor:
 def beta(group: GroupSignals, w_beta: float) -> Tensor:
     """The shift alone, with its sign: w_beta * beta / ||beta||. Far below zero the ReLU is shut."""
     return w_beta * group.mean(group.beta)
-
-
-def gfbs(group: GroupSignals, w_beta: float) -> Tensor:
-    """Gradient flow based saliency: the Taylor term of gamma plus the signed beta.
-
-    For several norms, each of the three factors is averaged over the norms before they combine.
-    """
-    return taylor(group, w_beta) + beta(group, w_beta)
 
 
 def slimming(group: GroupSignals, w_beta: float) -> Tensor:
@@ -130,17 +125,13 @@ def random(group: GroupSignals, w_beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to score channels.
+    """A way to score channels."""
 
-    Attributes:
-        score: maps the signals of a group and w_beta to scores (C,).
-        gradients: the gradients that ``score`` needs. With None, the network is not run.
-        scope: how its paper ranks channels; see ``utils.pruning.Ranking``.
-    """
-
-    score: Callable[[GroupSignals, float], Tensor]
+    score: Callable[[GroupSignals, float], Tensor]  # the signals of a group, w_beta -> (C,)
+    # Whose gradients ``score`` needs: those of gamma and beta, or of the gates (of gamma and beta
+    # again in a network without gates). With None, the network is not run.
     gradients: Literal["norms", "gates"] | None = None
-    scope: Literal["global", "layer"] = "global"
+    scope: Literal["global", "layer"] = "global"  # how its paper ranks channels; see ``Ranking``
 
 
 # A new criterion is one function and one line here.
@@ -158,23 +149,14 @@ CRITERIA = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """How channels are scored.
+    """How channels are scored."""
 
-    Attributes:
-        criterion: a name of ``CRITERIA``.
-        w_beta: weight of the beta term.
-        images: number of images in the scoring batch.
-        seed: draws them at random; None: the first of the last tenth of the training set.
-        recompute: recompute activations in the backward pass, to save memory.
-        random_seed: seed of the criterion ``random``.
-    """
-
-    criterion: str
-    w_beta: float
-    images: int
-    seed: int | None
-    recompute: bool
-    random_seed: int
+    criterion: str  # a name in ``CRITERIA``
+    w_beta: float  # weight of the beta term
+    images: int  # how many the scoring batch has
+    seed: int | None  # draws them; None: the first of the last tenth of the training set
+    recompute: bool  # recompute activations in the backward pass, to save memory
+    random_seed: int  # of the criterion ``random``
 
 
 def channel_saliency(
@@ -194,15 +176,13 @@ def channel_saliency(
     the random state do not change.
 
     Args:
-        model: a gated network, or one that ``models.trace.trace`` has seen; not wrapped for several
-            devices.
+        model: a gated network, or one that ``models.trace.trace`` has seen; without a wrapper.
         images: the input (B, ...) of the network, on the model's device; usually (B, 3, H, W).
         labels: what ``loss`` compares the output with; usually (B,) class indices.
         criterion: a name in ``CRITERIA``.
         w_beta: weight of the beta term.
         loss: ``loss(model(images), labels)`` is a scalar.
-        checkpoint_activations: recompute the activations inside ``checkpoint_blocks`` in the
-            backward pass: less memory, the same scores.
+        checkpoint_activations: recompute them in the backward pass: less memory, the same scores.
         generator: CPU generator for the criterion ``random``; default: one with seed 0.
 
     Returns the scores (C,) by group name, on the CPU. Raises ValueError for an unknown criterion;
@@ -211,18 +191,14 @@ def channel_saliency(
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     generator = generator or torch.Generator().manual_seed(0)
-    score, kind = CRITERIA[criterion].score, CRITERIA[criterion].gradients
-    groups, gradients = channel_groups(model), {}
-    if kind:
-        watched = [name for group in groups for name in _watched(group, kind)]
-
-        def loss_of(network: nn.Module) -> Tensor:
-            return loss(network(images), labels)
-
-        gradients = _gradients(model, loss_of, watched, checkpoint_activations, images.device)
+    score, needed = CRITERIA[criterion].score, CRITERIA[criterion].gradients
+    groups, weights, gradients = channel_groups(model), model.state_dict(), {}
+    if needed:
+        watched = [name for group in groups for name in _watched(group, needed)]
+        gradients = _gradients(model, watched, images, labels, loss, checkpoint_activations)
     saliency = {}
     for group in groups:
-        scores = score(_signals(model, group, gradients, generator), w_beta).cpu()
+        scores = score(_signals(model, group, weights, gradients, generator), w_beta).cpu()
         if not torch.isfinite(scores).all():
             wrong = f"the {criterion} saliency of channel group {group.name} is not finite"
             advice = "take a checkpoint from before training diverged, or another --criterion"
@@ -231,67 +207,61 @@ def channel_saliency(
     return saliency
 
 
-def _watched(group: ChannelGroup, kind: str) -> list[str]:
+def _watched(group: ChannelGroup, needed: str) -> list[str]:
     """The names of the parameters whose gradients a criterion needs."""
-    if kind == "gates" and group.gates:
-        return [f"{name}.gate" for name in group.gates]
-    parameters = ("weight", "bias") if kind == "gates" else ("weight",)
-    return [f"{name}.{parameter}" for parameter in parameters for name in group.norms]
+    if needed == "gates" and group.gates:
+        return [f"{gate}.gate" for gate in group.gates]
+    return [f"{norm}.{name}" for norm in group.norms for name in ("weight", "bias")]
 
 
 def _gradients(
     model: nn.Module,
-    loss_of: Callable[[nn.Module], Tensor],
     names: Iterable[str],
+    images: Tensor,
+    labels: Any,
+    loss: Callable[[Any, Any], Tensor],
     recompute: bool,
-    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Gradients (C,) of the loss by gamma, beta or the gates, by the parameter's name."""
+    """Gradients (C,) of the loss by these parameters, on the CPU."""
+    watched = {name: nn.Parameter(model.get_parameter(name).detach()) for name in names}
     # A copy, as train mode changes running statistics; it shares the weights, to save memory.
-    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).train()
-    watched = {}
-    for name in names:
-        layer, _, parameter = name.rpartition(".")
-        if name not in watched:  # norms of a network without gates are in several groups
-            layer = model.get_submodule(layer)
-            watched[name] = nn.Parameter(getattr(layer, parameter).detach())
-            setattr(layer, parameter, watched[name])
+    shared = {id(weight): weight for weight in model.parameters()}
+    shared |= {id(model.get_parameter(name)): weight for name, weight in watched.items()}
+    model = copy.deepcopy(model, shared).train()
     for block in checkpoint_blocks(model) if recompute else []:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    devices = [device] if device.type == "cuda" else []
+    devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), folded_gates(model):
         # A norm may lie on a branch that the loss does not see: then its gradient is 0.
-        gradients = torch.autograd.grad(
-            loss_of(model), list(watched.values()), allow_unused=True, materialize_grads=True
-        )
-    return {name: grad.flatten() for name, grad in zip(watched, gradients, strict=True)}
+        value, leaves = loss(model(images), labels), list(watched.values())
+        gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+    return {name: grad.flatten().cpu() for name, grad in zip(watched, gradients, strict=True)}
 
 
 def _signals(
-    model: nn.Module, group: ChannelGroup, gradients: dict[str, Tensor], generator: torch.Generator
+    model: nn.Module,
+    group: ChannelGroup,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    generator: torch.Generator,
 ) -> GroupSignals:
-    def read(layers: Iterable[str], parameter: str) -> dict[str, Tensor]:
-        found = {name: getattr(model.get_submodule(name), parameter) for name in layers}
-        return {name: tensor.detach().cpu() for name, tensor in found.items()}
+    def read(source: Mapping[str, Tensor], layers: Iterable[str], name: str) -> dict[str, Tensor]:
+        known = [layer for layer in layers if f"{layer}.{name}" in source]
+        return {layer: source[f"{layer}.{name}"].cpu() for layer in known}
 
-    def gradient(layers: Iterable[str], parameter: str) -> dict[str, Tensor]:
-        names = {n: f"{n}.{parameter}" for n in layers if f"{n}.{parameter}" in gradients}
-        return {name: gradients[key].detach().cpu() for name, key in names.items()}
-
-    filters = {}
-    for name in group.convs:
-        conv = model.get_submodule(name)
-        by_input = (name not in group.outputs) != getattr(conv, "transposed", False)
-        weight = conv.weight.detach()
-        filters[name] = (weight.transpose(0, 1) if by_input else weight).flatten(1).cpu()
+    filters = read(weights, group.convs, "weight")
+    for name, weight in filters.items():
+        transposed = getattr(model.get_submodule(name), "transposed", False)  # inputs come first
+        rows = weight if (name in group.outputs) != transposed else weight.transpose(0, 1)
+        filters[name] = rows.flatten(1)
     sides = {**group.inputs, **group.outputs}
     return GroupSignals(
         places={name: sides[name] for name in (*group.gates, *group.norms, *group.convs)},
-        gamma=read(group.norms, "weight"),
-        beta=read(group.norms, "bias"),
+        gamma=read(weights, group.norms, "weight"),
+        beta=read(weights, group.norms, "bias"),
         filters=filters,
         random=torch.rand(group.width, generator=generator),
-        gamma_grad=gradient(group.norms, "weight"),
-        beta_grad=gradient(group.norms, "bias"),
-        gate_grad=gradient(group.gates, "gate"),
+        gamma_grad=read(gradients, group.norms, "weight"),
+        beta_grad=read(gradients, group.norms, "bias"),
+        gate_grad=read(gradients, group.gates, "gate"),
     )
