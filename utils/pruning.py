@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,16 +21,12 @@ SCOPES = ("global", "layer")
 class PruningPlan:
     """The channels that each group keeps. A group that is not named keeps all its channels.
 
-    Attributes:
-        keep: group name -> sorted indices of the channels that stay, in the model of the plan.
-        held_at_floor: groups that keep more channels than selected, because of ``min_channels``.
-            For reports only: it is neither saved nor compared.
-
-    Raises ValueError, with the group's name, if indices are not sorted, unique and non-negative, or
-    if a group keeps nothing.
+    Raises ValueError, with the group's name, for indices that cannot be a plan.
     """
 
+    # Group name -> sorted indices of the channels that stay, in the model of the plan.
     keep: dict[str, list[int]]
+    # Groups that keep more channels than selected, because of ``min_channels``: for reports only.
     held_at_floor: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
@@ -70,8 +67,8 @@ class PruningPlan:
     def apply_mask(self, model: nn.Module) -> nn.Module:
         """Silence all channels that go, in place; outputs are those of ``prune``.
 
-        Gates are set to 0. Without gates, every layer that makes such a channel gets weights and a
-        bias of 0, and every norm behind it a gamma and a beta of 0.
+        Gates are set to 0. Without gates, the weights and biases of every layer that makes such a
+        channel are, and the gamma and beta of every norm behind it.
         """
         plan = self.shrinking(group_widths(model))
         for group in channel_groups(model):
@@ -135,19 +132,19 @@ class Ranking:
             if not torch.isfinite(saliency[group.name]).all():
                 raise ValueError(f"the saliency of channel group {group.name} is not finite")
         self.groups, self.min_channels, self.round_to = list(groups), min_channels, round_to
-        owners = [(place, group) for group in groups for place in group.entries]
-        self._owners = [group for _, group in sorted(owners, key=lambda pair: pair[0])]
-        scores = {group.name: saliency[group.name].detach().cpu() for group in groups}
-        self._scores = scores if scope == "global" else {n: _ranks(s) for n, s in scores.items()}
-        self._sizes = [len(self._scores[group.name]) for group in self._owners]
-        self._order = _descending(torch.cat([self._scores[g.name] for g in self._owners]))
-        self.entries = len(self._order)
+        scores = [saliency[group.name].detach().cpu() for group in groups]
+        self._scores = scores if scope == "global" else [_ranks(s) for s in scores]
+        # The group and the channel of every entry: in the order of the network, then ranked.
+        entries = sorted((entry, i) for i, group in enumerate(groups) for entry in group.entries)
+        blocks = [(i, self._scores[i]) for _, i in entries]
+        order = _descending(torch.cat([scores for _, scores in blocks]))
+        self._group = torch.cat([torch.full((len(s),), i) for i, s in blocks])[order]
+        self._channel = torch.cat([torch.arange(len(s)) for _, s in blocks])[order]
+        self.entries = len(order)
 
     def cut_after(self, kept: int) -> int:
         """The published rule: keep more until the first entry to go is of a group with one gate."""
-        coupled = torch.tensor([len(group.gates) > 1 for group in self._owners])
-        coupled = coupled.repeat_interleave(torch.tensor(self._sizes))[self._order]
-        while kept < self.entries and coupled[kept]:
+        while kept < self.entries and len(self.groups[self._group[kept]].gates) > 1:
             kept += 1
         return kept
 
@@ -157,21 +154,16 @@ class Ranking:
         A channel stays if any of its entries stays: the cut may split entries of equal scores. A
         larger ``kept`` gives a plan that contains this one.
         """
-        stays = torch.zeros(self.entries, dtype=torch.bool)
-        stays[self._order[:kept]] = True
-        masks: dict[str, Tensor] = {}
-        for group, part in zip(self._owners, stays.split(self._sizes), strict=True):
-            masks[group.name] = masks.get(group.name, False) | part
-
         keep, held = {}, []
-        for group in self.groups:
-            mask = masks[group.name]
-            width, floor = int(mask.sum()), min(self.min_channels, len(mask))
+        for i, (group, scores) in enumerate(zip(self.groups, self._scores, strict=True)):
+            stays = torch.zeros(len(scores), dtype=torch.bool)
+            stays[self._channel[:kept][self._group[:kept] == i]] = True
+            width, floor = int(stays.sum()), min(self.min_channels, len(stays))
             if width < floor:
                 held.append(group.name)
-            width = -(-max(width, floor) // self.round_to) * self.round_to  # rounded up
-            mask[_descending(self._scores[group.name])[:width]] = True
-            keep[group.name] = mask.nonzero().flatten().tolist()
+            width = math.ceil(max(width, floor) / self.round_to) * self.round_to
+            stays[_descending(scores)[:width]] = True
+            keep[group.name] = stays.nonzero().flatten().tolist()
         return PruningPlan(keep, tuple(held))
 
 
@@ -186,15 +178,12 @@ def select_channels(
     """Keep the most salient channels of the whole network, as the published code selects them.
 
     Of N entries (see ``Ranking``) the first ``int(N * (1 - ratio))`` stay, or a few more where the
-    cut would split coupled channels.
+    cut would split coupled channels. The ratio is in [0, 1); otherwise ValueError.
 
     Args:
-        groups, saliency: see ``Ranking``.
-        ratio: share of the entries to remove, in [0, 1).
+        groups, saliency, limits: see ``Ranking``, which raises ValueError for bad ones.
+        ratio: share of the entries to remove.
         entries: N; default: all entries. After an earlier cut, it may be their number before it.
-        limits: ``min_channels``, ``round_to`` and ``scope`` of ``Ranking``.
-
-    Raises ValueError if the ratio is outside [0, 1), and as ``Ranking`` does.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the pruning ratio must be in [0, 1), not {ratio}")
@@ -204,9 +193,7 @@ def select_channels(
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """Ranks (C,) from the lowest score to the highest: (i + 1/2) / C for i = 0..C-1, so that a
-    threshold t cuts round(C * t) channels.
-    """
+    """(i + 1/2) / C for the i-th lowest of C scores: a threshold t cuts round(C * t) channels."""
     ranks = torch.empty(len(scores), dtype=torch.float64)
     ranks[_descending(scores).flip(0)] = (torch.arange(len(scores)).double() + 0.5) / len(scores)
     return ranks

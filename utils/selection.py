@@ -25,23 +25,19 @@ GOALS = ("p", "macs", "params", "latency")
 class Goal:
     """How much is to go.
 
-    Attributes:
-        kind: with ``p``, ``value`` is the share of the gate entries to cut; with ``macs``,
-            ``params`` or ``latency``, it is the largest share of these that may stay.
-        value: a share.
-        batch: images at once, where time is measured.
-        min_channels, round_to, scope: see ``utils.pruning.Ranking``.
+    With the kind ``p``, ``value`` is the share of the gate entries to cut; with ``macs``,
+    ``params`` or ``latency``, it is the largest share of these that may stay.
     """
 
     kind: Literal["p", "macs", "params", "latency"]
     value: float
-    min_channels: int = 1
+    min_channels: int = 1  # this, round_to and scope: see ``utils.pruning.Ranking``
     round_to: int = 1
     scope: str = "global"
-    batch: int = 64
+    batch: int = 64  # images at once, where time is measured
 
     def at(self, share: float) -> Goal:
-        """The goal of a round that is to reach only this ``share`` of the way to the goal."""
+        """The goal of a round that reaches this ``share`` of the way to the whole goal."""
         if share == 1:
             return self
         value = self.value * share if self.kind == "p" else 1 - (1 - self.value) * share
@@ -67,7 +63,6 @@ def select(
     Args:
         model: the network that was scored.
         saliency: scores (C,) by group name.
-        goal: how much goes.
         image_size: side of the images in pixels, for the multiply-adds.
         before: ``gate_entries``, ``macs``, ``params`` before any cut; the goal is a share of them.
         unpruned: the network before any cut, for a goal of time.
@@ -88,19 +83,17 @@ def select(
 
 
 def planned_cost(model: nn.Module, plan: PruningPlan, image_size: int) -> Cost:
-    """The cost of ``model`` after ``plan``. The model itself stays as it is."""
+    """The cost of ``model`` after ``plan``; nothing is cut."""
     return model_cost(prune(on_meta(model), plan), image_size)
 
 
 def select_within(
     model: nn.Module, ranking: Ranking, image_size: int, of: str, most: float
 ) -> PruningPlan:
-    """The largest plan of a ranking of ``model`` that costs at most ``most``.
+    """The largest plan of a ranking of ``model`` that costs at most ``most`` "macs" or "params".
 
-    ``of`` is the cost: "macs", for images of ``image_size`` pixels, or "params".
-    ``Ranking.cut_after`` does not apply, so that the cost comes close to ``most``.
-
-    Raises InputError, with the lowest possible cost, if every plan costs more.
+    ``Ranking.cut_after`` does not apply, so that the cost comes close to ``most``. Raises
+    InputError, with the lowest possible cost, if every plan costs more.
     """
     shapes = on_meta(model)
 
@@ -119,10 +112,9 @@ def select_by_time(
 ) -> tuple[PruningPlan, Latency]:
     """A large plan of a ranking whose measured time is at most the goal's share, and that time.
 
-    The time is found by bisection. It is noisy and does not always fall with the width: so the plan
-    that was found is timed once more, for longer, and lowered until it keeps to the goal.
-
-    Raises InputError, with the least time that was measured, if no plan keeps to it.
+    Times are noisy and do not always fall with the width: so the plan that bisection finds is timed
+    once more, for longer, and lowered until it keeps to the goal. Raises InputError, with the least
+    time that was measured, if no plan does.
     """
 
     def timed(kept: int, turns: int) -> tuple[PruningPlan, Latency]:

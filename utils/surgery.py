@@ -3,7 +3,8 @@
 ``keep_outputs`` and ``keep_inputs`` do the work. For a new type of layer, register one or both.
 """
 
-from functools import singledispatch
+import copy
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -21,77 +22,56 @@ from utils.pruning import PruningPlan
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Cut every channel that ``plan`` does not keep out of ``model``, in place; return the model.
 
-    The result computes what the model computes under ``plan.apply_mask``, up to float rounding. The
-    indices of the plan refer to the model as it is now, so a pruned network can be pruned again.
-    Channels that no layer reads any more go too (``GatedModel.live_channels``).
-
-    Args:
-        model: a gated network, or one that ``models.trace.trace`` has seen.
-        plan: the channels that stay.
+    ``model`` is a gated network, or one that ``models.trace.trace`` has seen. The result computes
+    what it computes under ``plan.apply_mask``, up to float rounding. The plan refers to the model
+    as it is now, so a pruned network can be pruned again. Channels that no layer reads any more go
+    too (``GatedModel.live_channels``).
 
     Raises ValueError if the plan does not fit; the model is unchanged then.
     """
     plan = plan.shrinking(group_widths(model))
-    for side, cut in zip(
-        ("outputs", "inputs"), removed_by(channel_groups(model), plan.keep), strict=True
-    ):
+    removed = removed_by(channel_groups(model), plan.keep)
+    for keep, widths, cut in zip(KEEP, WIDTHS, removed, strict=True):
         for name, gone in cut.items():
             layer = model.get_submodule(name)
-            stays = torch.ones(_width(layer, side), dtype=torch.bool)
+            width = next(getattr(layer, name) for name in widths if hasattr(layer, name))
+            stays = torch.ones(width, dtype=torch.bool)
             stays[gone] = False
-            KEEP[side](layer, stays.nonzero().flatten())
+            keep(layer, stays.nonzero().flatten())
     known = structure(model)
     known.kept = PruningPlan(known.kept).then(plan).keep
     if isinstance(model, GatedModel):
-        for side, kept in zip(KEEP, model.live_channels(), strict=True):
-            for name, keep in kept.items():
-                KEEP[side](model.get_submodule(name), torch.tensor(keep))
+        for keep, live in zip(KEEP, model.live_channels(), strict=True):
+            for name, channels in live.items():
+                keep(model.get_submodule(name), torch.tensor(channels))
     return model
 
 
-def _width(layer: nn.Module, side: str) -> int:
-    """The number of outputs or inputs of a layer."""
-    outputs = ("out_channels", "out_features", "num_features", "num_parameters")
-    names = outputs if side == "outputs" else ("in_channels", "in_features")
-    return next(getattr(layer, name) for name in names if hasattr(layer, name))
-
-
 def first_difference(masked: nn.Module, pruned: nn.Module, images: Tensor) -> str | None:
-    """The first layer whose outputs differ between a masked network and the pruned one.
+    """The first layer whose outputs differ by more than 1e-4 of the largest, in eval mode.
 
-    Both run in eval mode. Outputs differ by more than 1e-4 of the largest, in float32. None if the
-    outputs of the networks agree; "the output" if only these differ.
+    None if the outputs of the networks agree; "the output" if only these differ.
     """
-    runs = [_outputs(model, images) for model in (masked, pruned)]
-    if _agree(runs[0][""], runs[1][""]):
+    expected, found = _outputs(masked, images), _outputs(pruned, images)
+    if _agree(expected[""], found[""]):
         return None
-    for name, theirs in runs[1].items():
-        ours = runs[0].get(name)
-        if name and ours is not None and ours.shape == theirs.shape and not _agree(ours, theirs):
-            return name
-    return "the output"
+    alike = [n for n in found if n and n in expected and expected[n].shape == found[n].shape]
+    return next((n for n in alike if not _agree(expected[n], found[n])), "the output")
 
 
 def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What every layer without sublayers gives, by its name; "" is the network."""
-    found, hooks = {}, []
+    model, found = copy.deepcopy(model).eval(), {}
+
+    def record(name: str, module: nn.Module, args: tuple, out: Any) -> None:
+        if isinstance(out, Tensor):
+            found.setdefault(name, out.clone())
+
     for name, module in model.named_modules():
         if not name or not any(module.children()):
-
-            def keep(module: nn.Module, args: tuple, out: Any, name: str = name) -> None:
-                if isinstance(out, Tensor):
-                    found.setdefault(name, out.detach().clone())
-
-            hooks.append(module.register_forward_hook(keep))
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in training:
-            module.training = True
+            module.register_forward_hook(partial(record, name))
+    with torch.no_grad():
+        model(images)
     return found
 
 
@@ -198,4 +178,9 @@ def _(selector: ChannelSelector, keep: Tensor) -> None:
     selector.choose([position[channel] for channel in selector.channels], len(keep))
 
 
-KEEP = {"outputs": keep_outputs, "inputs": keep_inputs}
+# Of outputs, then of inputs: what cuts them, and the attributes that may hold their number.
+KEEP = keep_outputs, keep_inputs
+WIDTHS = (
+    ("out_channels", "out_features", "num_features", "num_parameters"),
+    ("in_channels", "in_features"),
+)
