@@ -14,8 +14,9 @@ A checkpoint of ours is a dict of plain values and tensors, which ``torch.load``
 
 import hashlib
 import io
-import itertools
-from collections.abc import Iterator, Mapping
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from models import ALIASES, IMAGENET_NETWORKS, NETWORKS, GatedModel, check_network, structure
-from utils.checkpoint.metadata import FORMAT, check_entries, check_format
-from utils.checkpoint.rebuild import (
-    FLOATS,
-    count_classes,
-    infer_network,
-    load_traced,
-    optional,
-    rebuild,
-    rebuild_traced,
-    skeleton,
-)
+from utils.checkpoint.rebuild import finite, infer_network, load_traced, rebuild, rebuild_traced
 from utils.errors import InputError
 from utils.files import read_tensors, write_atomically
+
+FORMAT = "gfbs/1"
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def save_checkpoint(
 ) -> None:
     """Write an unwrapped ``model``, and ``meta``: plain values and tensors.
 
-    The file is replaced as a whole. With ``previous``, the old file is kept under that name.
+    With ``previous``, the old file is kept under that name.
     """
     known = structure(model)
     network = {"net": known.net, "num_classes": known.num_classes, "kept": known.kept}
@@ -74,10 +67,7 @@ def save_checkpoint(
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 of tensors and plain values, with their types, shapes and order.
-
-    Raises ValueError for any other value.
-    """
+    """SHA-256 of tensors and plain values, with their types, shapes and order; else ValueError."""
     digest = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -86,7 +76,8 @@ def checksum(content: Any) -> str:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, Mapping):
             digest.update(f"mapping {len(value)}".encode())
-            for part in itertools.chain.from_iterable(value.items()):
+            for key, part in value.items():
+                feed(key)
                 feed(part)
         elif isinstance(value, (list, tuple)):
             digest.update(f"sequence {len(value)}".encode())
@@ -109,11 +100,12 @@ def load_model(path: str | Path, net: str | None = None) -> nn.Module:
 def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
     """Read a checkpoint of ours, one of the published code, or a plain state dict, to the CPU.
 
+    ``net`` is the network or alias that the file must hold; None for any. A network
+    ``package.module:factory`` must be named here: no file decides which code is imported.
+
     In files of other programs the state dict may be bare, or wrapped in ``net``, ``state_dict`` or
     ``model``. Its names may begin with ``module.``, and gates may be missing. The network and the
-    number of classes are inferred from names and shapes. ``net`` is the network or alias that the
-    file must hold; None for any. A network ``package.module:factory`` must be named here: no file
-    decides which code is imported.
+    number of classes are inferred from names and shapes.
 
     Raises InputError, with the path, if the file is missing, unsafe to load, damaged, or of another
     network, or if a weight or a running statistic is not finite.
@@ -125,10 +117,7 @@ def load_checkpoint(path: str | Path, net: str | None = None) -> Checkpoint:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of any file that ``load_checkpoint`` reads, without wrapper and ``module.``.
-
-    Raises InputError if there is none, and as ``load_checkpoint`` does.
-    """
+    """The state dict of any file that ``load_checkpoint`` reads, without ``module.`` in names."""
     with _naming(path):
         return _unwrap(read_tensors(Path(path)))
 
@@ -143,16 +132,19 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
-    check_format(content)
+    _check(content, ["format"])
+    if content["format"] != FORMAT:
+        raise InputError(f"of format {content['format']!r}; this version reads {FORMAT!r}")
     body = {key: value for key, value in content.items() if key != "sha256"}
     try:
         if checksum(body) != content.get("sha256"):
             raise ValueError("the checksum does not fit the content")
     except (RuntimeError, ValueError) as error:  # also: endless lists, values that are not plain
         raise InputError(f"damaged, or not made by this project ({error})") from error
-    check_entries(content)
-    network, state = content["network"], _finite(content["state_dict"])
-    name, num_classes = network["net"], network["num_classes"]
+    _check(content, ["network", "state_dict", *(name for name in content if name in ENTRIES)])
+    network, state = content["network"], finite(content["state_dict"])
+    _check(network, ["net", "num_classes", "kept"])
+    name = network["net"]
     _check_expected(name, net)
     used = ("format", "network", "state_dict", "sha256")
     meta = {key: value for key, value in content.items() if key not in used}
@@ -162,10 +154,7 @@ def _load_ours(content: Mapping[str, Any], net: str | None) -> Checkpoint:
         check_network(name, list(NETWORKS))
     except ValueError as error:
         raise InputError(str(error)) from error
-    found = count_classes(skeleton(name, 1), state)
-    if num_classes != found:  # checked first: this number decides how much memory is taken
-        raise InputError(f"damaged: it says {num_classes} classes, its weights have {found}")
-    return Checkpoint(rebuild(name, num_classes, network["kept"], state), meta)
+    return Checkpoint(rebuild(name, network["num_classes"], network["kept"], state), meta)
 
 
 def _load_foreign(content: Any, net: str | None) -> Checkpoint:
@@ -173,8 +162,7 @@ def _load_foreign(content: Any, net: str | None) -> Checkpoint:
     if net is None or net in NETWORKS or net in ALIASES:
         name, num_classes = infer_network(state)
         _check_expected(name, net)
-        missing = optional(skeleton(name, num_classes).state_dict())
-        model = rebuild(name, num_classes, {}, {**missing, **state})
+        model = rebuild(name, num_classes, {}, state, foreign=True)
     else:
         model = load_traced(net, state)
     said = {"accuracy": content.get("acc"), "epoch": content.get("epoch")}
@@ -186,18 +174,7 @@ def _unwrap(content: Any) -> dict[str, Tensor]:
     parts = content if isinstance(content, Mapping) else {}
     wrapped = (parts.get(name) for name in ("net", "state_dict", "model"))
     state = next((part for part in wrapped if isinstance(part, Mapping)), content)
-    return {name.removeprefix("module."): tensor for name, tensor in _finite(state).items()}
-
-
-def _finite(state: Any) -> Mapping[str, Tensor]:
-    """Return ``state``. Raise InputError unless it is a state dict of finite weights."""
-    entries = list(state.items()) if isinstance(state, Mapping) else []
-    if not entries or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
-        raise InputError("no state dict, neither bare nor in 'net', 'state_dict' or 'model'")
-    for name, tensor in entries:
-        if tensor.dtype in FLOATS and not tensor.isfinite().all():
-            raise InputError(f"{name} is not finite; take a checkpoint from before it diverged")
-    return state
+    return {name.removeprefix("module."): tensor for name, tensor in finite(state).items()}
 
 
 def _check_expected(found: str, net: str | None) -> None:
@@ -209,3 +186,66 @@ def _check_expected(found: str, net: str | None) -> None:
         if net in NETWORKS and (found in IMAGENET_NETWORKS) != (net in IMAGENET_NETWORKS):
             advice = f"gfbs_{'imagenet' if found in IMAGENET_NETWORKS else 'cifar'}.py prunes it"
         raise InputError(f"holds {found}, not {net}; {advice}")
+
+
+# What an entry of ours must be. Those of the metadata may be missing.
+
+
+def _check(entries: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise InputError with the name of the first of these entries that is not of its kind."""
+    for name in names:
+        kind, fits = ENTRIES[name]
+        if not fits(entries.get(name)):
+            raise InputError(f"damaged: {name!r} is not {kind}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < sys.float_info.max
+
+
+def _is_normalisation(value: Any) -> bool:
+    match value:
+        case {"mean": [_, _, _] as mean, "std": [_, _, _] as std}:
+            return all(map(_is_finite, [*mean, *std])) and min(std) > 0
+    return False
+
+
+def _is_config(value: Any) -> bool:
+    try:
+        json.dumps(value)  # a result.json will hold it
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, Mapping) and _is_whole(value.get("holdout", 0), 0)
+
+
+TEXT = "text", _is_text
+MAPPING = "a mapping", lambda value: isinstance(value, Mapping)
+COUNT = "a whole number of at least 1", lambda value: _is_whole(value, 1)
+FILTERS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("format", "net", "dataset", "tested_on", "chosen"), TEXT),
+    **dict.fromkeys(("network", "state_dict", "kept", "training"), MAPPING),
+    **dict.fromkeys(("num_classes", "image_size", "resize"), COUNT),
+    "interpolation": ("the name of a filter", lambda value: value in FILTERS),
+    "epoch": ("a whole number of at least 0", lambda value: _is_whole(value, 0)),
+    "source": ("text or None", lambda value: value is None or _is_text(value)),
+    "accuracy": ("a finite number or None", lambda value: value is None or _is_finite(value)),
+    "classes": (
+        "a list of names",
+        _are_names,
+    ),
+    "normalisation": ("mean and std of 3 finite numbers, std above 0", _is_normalisation),
+    "config": ("a mapping of plain values", _is_config),
+}

@@ -1,6 +1,5 @@
 """Networks from their weights: by name, or by what the weights look like."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
@@ -18,13 +17,23 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def rebuild(
-    net: str, num_classes: int, kept: Mapping[str, list[int]], state: Mapping[str, Tensor]
+    net: str,
+    num_classes: int,
+    kept: Mapping[str, list[int]],
+    state: Mapping[str, Tensor],
+    foreign: bool = False,
 ) -> nn.Module:
     """A network of ours, cut as ``kept`` says, with the weights ``state``.
 
-    Refuses weights that do not fit before the network takes memory.
+    A ``foreign`` state may lack what is ``optional``. Raises InputError before the network takes
+    memory if the weights do not fit.
     """
+    found = count_classes(skeleton(net, 1), state)
+    if num_classes != found:  # checked first: this number decides how much memory is taken
+        raise InputError(f"damaged: it says {num_classes} classes, its weights have {found}")
     shapes = skeleton(net, num_classes)
+    if foreign:
+        state = {**optional(shapes.state_dict()), **state}
     try:
         plan = PruningPlan(dict(kept)).shrinking(shapes.group_widths())
     except ValueError as error:
@@ -74,9 +83,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     check_fits(model, state)
     types = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     model.to(reduce(torch.promote_types, types))
-    given = OrderedDict((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
-    given._metadata = model.state_dict()._metadata  # some layers ask for the version of their names
-    model.load_state_dict(given, strict=False)
+    filled = model.state_dict()  # knows the versions that some layers ask for
+    filled.update({name: tensor for name, tensor in state.items() if not tensor.is_meta})
+    model.load_state_dict(filled)
     return model
 
 
@@ -93,6 +102,17 @@ def check_fits(model: GatedModel, state: Mapping[str, Tensor]) -> None:
             raise InputError(f"damaged: {name} is of shape {shape}")
         if tensor.dtype not in (FLOATS if fitting.is_floating_point() else (fitting.dtype,)):
             raise InputError(f"damaged: {name} is of {tensor.dtype}, not like {fitting.dtype}")
+
+
+def finite(state: Any) -> Mapping[str, Tensor]:
+    """Return ``state``. Raise InputError unless it is a state dict of finite weights."""
+    entries = list(state.items()) if isinstance(state, Mapping) else []
+    if not entries or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
+        raise InputError("no state dict, neither bare nor in 'net', 'state_dict' or 'model'")
+    for name, tensor in entries:
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
+            raise InputError(f"{name} is not finite; take a checkpoint from before it diverged")
+    return state
 
 
 def optional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,4 +153,4 @@ def skeleton(net: str, num_classes: int) -> GatedModel:
 def count_classes(model: GatedModel, state: Mapping[str, Tensor]) -> int:
     """The number of outputs of the classifier in ``state``; 0 if there is none."""
     head = state.get(f"{model.head}.weight")
-    return 0 if head is None or head.numel() == 0 else (*head.shape, 1)[0]
+    return len(head) if head is not None and head.dim() and head.numel() else 0
