@@ -31,9 +31,7 @@ def model_cost(model: nn.Module, image_size: int) -> Cost:
     """Cost of one RGB image of ``image_size`` x ``image_size`` pixels, in eval mode.
 
     MACs are those of convolutions and linear layers. Gates do not count as parameters. A copy on
-    the meta device runs, so no memory is taken and ``model`` stays as it is.
-
-    Raises InputError if the images are too small for the network.
+    the meta device runs: it takes no memory. Raises InputError if the images are too small.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,9 +48,8 @@ def model_cost(model: nn.Module, image_size: int) -> Cost:
 
 
 def seconds(run: Callable[[], Any], measured_for: float = 0.5) -> float:
-    """The median time of a call, after one that does not count; it waits for CUDA.
-
-    Calls are repeated until they took ``measured_for`` seconds.
+    """The median time of calls that take ``measured_for`` seconds together, after a first one that
+    does not count. It waits for CUDA.
     """
     # Its import would warn of a CUDA toolkit without a GPU, in every run.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -79,8 +76,8 @@ class Latency:
         return self.after / self.before
 
     def in_ms(self) -> dict[str, float]:
-        times = {"before": 1000 * self.before, "after": 1000 * self.after}
-        return {**{name: round(time, 4) for name, time in times.items()}, "spread": self.spread}
+        before, after = round(1000 * self.before, 4), round(1000 * self.after, 4)
+        return {"before": before, "after": after, "spread": self.spread}
 
     def __str__(self) -> str:
         return f"{100 * self.share:.1f} % of the time (+-{100 * self.spread:.1f} %)"
@@ -91,21 +88,17 @@ def latency(
 ) -> Latency:
     """Time an unpruned and a pruned network, as they are deployed, on the device of the pruned one.
 
-    Args:
-        networks: the two of them.
-        image_size: side of the images in pixels.
-        batch: images at once.
-        turns: how often each network has its turn, of at least ``of`` seconds.
+    Each of the two ``networks`` has so many ``turns``, of at least ``of`` seconds, with ``batch``
+    images of ``image_size`` pixels.
     """
     device = next(networks[1].parameters()).device
     stream = torch.Generator().manual_seed(0)  # the global random state stays
     images = torch.randn(batch, 3, image_size, image_size, generator=stream)
     images = images.to(device, memory_format=torch.channels_last)
-    folded = [deployable(network).to(device) for network in networks]
+    old, new = (partial(deployable(network).to(device), images) for network in networks)
     with torch.inference_mode():
-        runs = [partial(network, images) for network in folded]
-        times = [[seconds(run, of) for run in runs] for _ in range(turns)]
-    before, after = (statistics.median(column) for column in zip(*times, strict=True))
-    ratios = [pair[1] / pair[0] for pair in times]
+        times = [(seconds(old, of), seconds(new, of)) for _ in range(turns)]
+    before, after = map(statistics.median, zip(*times, strict=True))
+    ratios = [second / first for first, second in times]
     middle = statistics.median(ratios)
     return Latency(batch, before, after, max(abs(ratio / middle - 1) for ratio in ratios))

@@ -34,9 +34,8 @@ def evaluate(
 ) -> Metrics:
     """Loss and accuracy of ``model`` in eval mode, over the batches of all ranks.
 
-    First, every rank takes over the running statistics of rank 0. Afterwards, the mode is restored.
-    ``stop`` is called after every batch and may raise an error. Raises RunError, on every rank, if
-    the loss is not finite.
+    First, every rank takes over the running statistics of rank 0. ``stop`` is called after every
+    batch and may raise an error. Raises RunError, on every rank, if the loss is not finite.
     """
     runtime.sync_buffers(model)
     network, was_training = runtime.for_evaluation(model), model.training
@@ -142,8 +141,8 @@ class Trainer:
         all_logits, losses = [], []
         self.optimizer.zero_grad(set_to_none=True)
         pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        for left, (some, theirs) in zip(range(parts - 1, -1, -1), pairs, strict=True):
-            with self.runtime.without_sync(self.network) if left else nullcontext():
+        for number, (some, theirs) in enumerate(pairs, start=1):
+            with self.runtime.without_sync(self.network) if number < parts else nullcontext():
                 with self.runtime.autocast():
                     logits = self.network(some).float()
                     loss = self.loss(logits, some, theirs) * (len(theirs) / len(labels))
@@ -249,9 +248,6 @@ def fit(
     Args:
         model: the bare network.
         train, test: batches to train on, and to evaluate on after every epoch.
-        recipe: epochs, learning rate and schedule, loss.
-        runtime: where to compute.
-        callback: called after every batch and every epoch.
         resume: continue from this state of a callback; ``model`` already holds its weights.
         first_epoch: epochs of earlier rounds, so that this one draws other orders and crops.
         teacher: the network whose outputs ``recipe.distill`` imitates; it does not change.

@@ -1,11 +1,8 @@
 """Loss and accuracy, summed batch by batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +64,11 @@ class RunningMetrics:
 
     def follow(self, batches: Any, title: str, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that follow batch ``done``, while these metrics are shown."""
-        before, total = int(self.sums[3]), done + len(batches)
-        status = partial(self._status, before=before)
-        return progress(batches, f"{title}, batch", total, status, done)
+        before = int(self.sums[3])
 
-    def _status(self, seconds: float, before: int) -> str:
-        seen = self.metrics(everywhere=False)
-        speed = self.runtime.world_size * (seen.images - before) / seconds
-        return f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
+        def status(seconds: float) -> str:
+            seen = self.metrics(everywhere=False)
+            speed = self.runtime.world_size * (seen.images - before) / seconds
+            return f"loss {seen.loss:.3f}, {seen.accuracy:.1f} %, {speed:.0f} images/s"
+
+        return progress(batches, f"{title}, batch", done + len(batches), status, done)

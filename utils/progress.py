@@ -1,7 +1,5 @@
 """How far a loop is: a bar on a terminal, a line a minute in a log."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -35,8 +33,7 @@ def progress(
     terminal = sys.stderr.isatty()
     layout = "{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
     look = {"leave": False, "dynamic_ncols": True, "disable": not terminal, "bar_format": layout}
-    bar = tqdm(items, title, total, initial=done, **look)
-    with bar:
+    with tqdm(items, title, total, initial=done, **look) as bar:
         shown = began = time.perf_counter()
         for number, item in enumerate(bar, start=done + 1):
             yield item

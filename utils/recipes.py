@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True)
 class Cosine:
-    """A linear rise, half a cosine down, and a constant end, all within a recipe's epochs.
+    """A linear rise, half a cosine down, and a constant end, all within a recipe's epochs."""
 
-    Attributes:
-        warmup_epochs: length of the rise; at most half of all epochs.
-        warmup_lr: rate of the first epoch; by default lr / (length of the rise + 1).
-        min_lr: rate at the end of the cosine.
-        cooldown_epochs: length of the constant end; at most half of the epochs after the rise.
-    """
-
-    warmup_epochs: int = 0
-    warmup_lr: float | None = None
-    min_lr: float = 0.0
-    cooldown_epochs: int = 0
+    warmup_epochs: int = 0  # length of the rise; at most half of all epochs
+    warmup_lr: float | None = None  # of the first epoch; by default lr / (length of the rise + 1)
+    min_lr: float = 0.0  # at the end of the cosine
+    cooldown_epochs: int = 0  # length of the end; at most half of the epochs after the rise
 
     def scheduler(self, optimizer: Optimizer, epochs: int, lr: float) -> LRScheduler:
         """The schedule for so many epochs with the highest rate ``lr``; step it once an epoch."""
@@ -44,44 +38,32 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum, a learning rate for every epoch, and the loss.
-
-    Attributes:
-        epochs: length of the training.
-        lr: the initial learning rate; with ``cosine``, the highest.
-        weight_decay: L2 penalty on all parameters.
-        milestones, gamma: the learning rate is multiplied by ``gamma`` after each of these epochs.
-        cosine: replaces the milestones, if given.
-        label_smoothing: share of the target that goes to all classes alike.
-        distill, temperature: weight of the distillation loss, and T in it; see ``Trainer.loss``.
-        ema: decay of the average of the weights that is evaluated and saved; None for none.
-        accumulate: parts of a batch that pass through the network one after the other.
-    """
+    """How to train: SGD with momentum, a learning rate for every epoch, and the loss."""
 
     epochs: int
-    lr: float
-    weight_decay: float
-    milestones: tuple[int, ...]
+    lr: float  # the initial learning rate; with ``cosine``, the highest
+    weight_decay: float  # L2 penalty on all parameters
+    milestones: tuple[int, ...]  # after each of these epochs, the rate is multiplied by ``gamma``
     gamma: float
     momentum: float = 0.9
-    cosine: Cosine | None = None
-    label_smoothing: float = 0.0
-    distill: float = 0.0
-    temperature: float = 4.0
-    ema: float | None = None
-    accumulate: int = 1
+    cosine: Cosine | None = None  # replaces the milestones
+    label_smoothing: float = 0.0  # share of the target that goes to all classes alike
+    distill: float = 0.0  # weight of the distillation loss; see ``Trainer.loss``
+    temperature: float = 4.0  # T of that loss
+    ema: float | None = None  # decay of the average of the weights that is evaluated and saved
+    accumulate: int = 1  # parts of a batch that pass through the network one after the other
 
     def adapted(self, epochs: int, **changes: float | Cosine | None) -> Recipe:
         """The recipe with another number of epochs. Milestones move in proportion, rounded up.
 
         ``changes`` are other values of attributes; None leaves the published value.
         """
-        milestones = tuple(max(1, -(-epochs * m // self.epochs)) for m in self.milestones)
+        milestones = tuple(max(1, math.ceil(epochs * m / self.epochs)) for m in self.milestones)
         given = {name: value for name, value in changes.items() if value is not None}
         return replace(self, epochs=epochs, milestones=milestones, **given)
 
     def optimizer(self, model: nn.Module, fused: bool = False) -> SGD:
-        """The optimiser. With ``fused``, a step is one pass over the weights, with other bits."""
+        """SGD. With ``fused``, a step is one pass over the weights, with other bits."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # None lets torch choose: foreach on GPUs, which gives the same bits in fewer kernels.
         options = {"weight_decay": self.weight_decay, "fused": fused or None}
@@ -96,19 +78,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Recipes:
-    """How to train pruned networks.
+    """How to train pruned networks."""
 
-    Attributes:
-        one_shot: fine-tuning after everything is cut.
-        stage: fine-tuning between two cuts (``--smooth``, ``--steps``).
-        final: fine-tuning at the end of ``--smooth``.
-        scratch: the recipe of unpruned networks, for ``--from_scratch``.
-    """
-
-    one_shot: Recipe
-    stage: Recipe
-    final: Recipe
-    scratch: Recipe
+    one_shot: Recipe  # after everything is cut
+    stage: Recipe  # between two cuts (--smooth, --steps)
+    final: Recipe  # at the end of --smooth
+    scratch: Recipe  # that of unpruned networks, for --from_scratch
 
     def adapted(
         self, epochs: int, stage_epochs: int | None, final_epochs: int | None, **changes: Any
@@ -120,7 +95,7 @@ class Recipes:
 
         def adapt(recipe: Recipe, length: int | None) -> Recipe:
             if length is None:
-                length = -(-recipe.epochs * epochs // self.one_shot.epochs)
+                length = math.ceil(recipe.epochs * epochs / self.one_shot.epochs)
             return recipe.adapted(length, **changes)
 
         recipes = self.one_shot, self.stage, self.final, self.scratch
