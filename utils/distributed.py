@@ -1,7 +1,5 @@
 """Where a run computes: devices, ranks, precision. Only this file and launch.py know ranks."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -10,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import compress
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -29,45 +26,31 @@ LOST = "connection .*(closed|reset|refused)|broken pipe|time(d )?out|ncclRemoteE
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How training computes. Weights, evaluation and scores always stay in float32.
+    """How training computes. Weights, evaluation and scores always stay in float32."""
 
-    Attributes:
-        amp: a name in ``AMP``; convolutions and linear layers compute in that type.
-        channels_last: weights and activations are stored pixel by pixel, not plane by plane; not on
-            MPS.
-        compile: train through ``torch.compile``.
-        fused: the optimiser updates all weights in one pass.
-    """
-
-    amp: str | None = None
-    channels_last: bool = False
-    compile: bool = False
-    fused: bool = False
+    amp: str | None = None  # a name in ``AMP``: the type of convolutions and linear layers
+    channels_last: bool = False  # store weights and activations pixel by pixel; not on MPS
+    compile: bool = False  # train through ``torch.compile``
+    fused: bool = False  # the optimiser updates all weights in one pass
 
     def __str__(self) -> str:
-        names = "channels_last", "compiled", "fused optimiser"
-        used = compress(names, (self.channels_last, self.compile, self.fused))
-        return ", ".join([self.amp or "float32", *used])
+        options = {"channels_last": self.channels_last, "compiled": self.compile}
+        options |= {"fused optimiser": self.fused}
+        return ", ".join([self.amp or "float32", *(name for name in options if options[name])])
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device of this process, the GPUs that share its batches, and its place among the ranks.
+    """The device of this process, and its place among the ranks that share every batch.
 
-    Attributes:
-        device: holds the model.
-        gpus: if there are several, ``DataParallel`` splits every batch over them.
-        rank, world_size: from ``torchrun``. Several ranks share every batch and average their
-            gradients (``DistributedDataParallel``).
-        sync_bn: BatchNorm takes its statistics from the batches of all ranks together.
-        acceleration: how training computes.
+    Several ranks, from ``torchrun``, average their gradients (``DistributedDataParallel``).
     """
 
-    device: torch.device
-    gpus: tuple[int, ...] = ()
+    device: torch.device  # holds the model
+    gpus: tuple[int, ...] = ()  # if there are several, ``DataParallel`` splits batches over them
     rank: int = 0
     world_size: int = 1
-    sync_bn: bool = False
+    sync_bn: bool = False  # BatchNorm takes its statistics from the batches of all ranks together
     acceleration: Acceleration = Acceleration()
 
     @property
@@ -82,10 +65,9 @@ class Runtime:
             if self.sync_bn:
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)  # edits the layers of the model
             # ``sync_buffers`` sends the statistics when they are read, not at every batch.
-            known = signature(DistributedDataParallel).parameters
-            name = "forward_sync_buffers"
-            off = {name if name in known else "broadcast_buffers": False}  # as torch 2.8 calls it
-            network = DistributedDataParallel(model, **off)
+            known, name = signature(DistributedDataParallel).parameters, "forward_sync_buffers"
+            name = name if name in known else "broadcast_buffers"  # as torch 2.8 calls it
+            network = DistributedDataParallel(model, **{name: False})
         if not self.acceleration.compile:
             return network
         torch.compiler.reset()  # else torch stops compiling after a few rounds
@@ -109,16 +91,17 @@ class Runtime:
 
     def undo_sync_bn(self, model: nn.Module) -> None:
         """Put ordinary BatchNorm layers back, so that one rank can run the model alone."""
-        for name, norm in list(model.named_modules()) if self.sync_bn else ():
-            if isinstance(norm, nn.SyncBatchNorm):
+        for name, norm in list(model.named_modules()):
+            if self.sync_bn and isinstance(norm, nn.SyncBatchNorm):
                 plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
                 plain.__dict__.update({k: v for k, v in vars(norm).items() if k != "process_group"})
                 model.set_submodule(name, plain)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers (BatchNorm's running statistics) of rank 0."""
-        for buffer in model.buffers() if self.world_size > 1 else ():
-            dist.broadcast(buffer, src=0)
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def reduce(self, values: Tensor, how: Literal["SUM", "MIN", "MAX"]) -> Tensor:
         """The sum, least or greatest of a tensor over all ranks, computed in place."""
@@ -155,12 +138,13 @@ class Runtime:
 
         Several parts need two images each, because of BatchNorm.
         """
-        if batch_size % (ranks := self.world_size):
+        ranks, pieces = self.world_size, parts * self.world_size
+        if batch_size % ranks:
             wrong = f"{flag} {batch_size} does not divide by the {ranks} ranks"
             raise InputError(f"{wrong}; use a multiple of {ranks}")
-        if parts > 1 and (batch_size % (parts * ranks) or batch_size < 2 * parts * ranks):
+        if parts > 1 and (batch_size % pieces or batch_size < 2 * pieces):
             wrong = f"--accumulate {parts}: {flag} {batch_size} does not divide into equal parts"
-            advice = f"use a multiple of {parts * ranks}, at least {2 * parts * ranks}"
+            advice = f"use a multiple of {pieces}, at least {2 * pieces}"
             raise InputError(f"{wrong} of two images or more; {advice}")
 
     def images_per_norm(self, batch_size: int) -> int:
@@ -175,7 +159,8 @@ class Runtime:
             name = f"GPU {ids} ({torch.cuda.get_device_name(self.device)})"
         elif name == "cpu":
             name = f"CPU, {torch.get_num_threads()} threads"
-        name += "" if self.acceleration == Acceleration() else f", {self.acceleration}"
+        if self.acceleration != Acceleration():
+            name += f", {self.acceleration}"
         return f"{self.world_size} ranks, each on {name}" if self.world_size > 1 else name
 
 
@@ -191,22 +176,21 @@ def select_runtime(
     Args:
         device: ``auto`` (CUDA, else MPS, else the CPU), ``cpu``, ``cuda`` or ``mps``.
         gpus: CUDA ids; by default all visible ones. Under ``torchrun`` every rank takes one.
-        sync_bn, acceleration: see ``Runtime``.
         data_parallel: without ranks, share batches among the GPUs; otherwise take the first one.
 
     Raises InputError for what this machine does not have, or cannot combine.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device, use = find_devices(device, gpus or ())
-    _check(device, sync_bn, acceleration)
+    if sync_bn and device != "cuda":
+        raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
+    if acceleration.amp == "fp16" and device != "cuda":
+        raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
+    compiler = os.environ.get("CXX", "g++")
+    if acceleration.compile and device == "cpu" and not shutil.which(compiler):
+        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there")
     if device == "mps":
         acceleration = replace(acceleration, channels_last=False)
-    if ranks > 1 and "LOCAL_RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set without LOCAL_RANK: start several ranks with torchrun")
-    local = int(os.environ["LOCAL_RANK"]) if ranks > 1 else 0
-    if use and local >= len(use):
-        raise InputError(f"torchrun started more ranks than there are GPUs ({len(use)}) to take")
-    here = torch.device("cuda", use[local]) if use else torch.device(device)
     if ranks == 1:
         if sync_bn:
             raise InputError("--sync_bn is for several processes: name several GPUs with --gpu")
@@ -214,7 +198,14 @@ def select_runtime(
         if len(use) > 1 and (acceleration.amp or acceleration.compile):
             advice = "leave --data_parallel out, or name one with --gpu"
             raise InputError(f"--amp and --compile take one GPU a process: {advice}")
+        here = torch.device("cuda", use[0]) if use else torch.device(device)
         return Runtime(here, use, acceleration=acceleration)
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set without LOCAL_RANK: start several ranks with torchrun")
+    local = int(os.environ["LOCAL_RANK"])
+    if use and local >= len(use):
+        raise InputError(f"torchrun started more ranks than there are GPUs ({len(use)}) to take")
+    here = torch.device("cuda", use[local]) if use else torch.device(device)
     if use:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
@@ -239,17 +230,6 @@ def find_devices(device: str, gpus: Sequence[int]) -> tuple[str, tuple[int, ...]
     if device == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: not available on this machine; use --device cpu")
     return device, tuple(gpus or range(visible)) if device == "cuda" else ()
-
-
-def _check(device: str, sync_bn: bool, acceleration: Acceleration) -> None:
-    """Raise InputError for an option that the device cannot have."""
-    if sync_bn and device != "cuda":
-        raise InputError(f"--sync_bn needs GPUs: there is no such BatchNorm for {device}")
-    if acceleration.amp == "fp16" and device != "cuda":
-        raise InputError(f"--amp fp16 needs CUDA, not {device}; bf16 works on every device")
-    compiler = os.environ.get("CXX", "g++")
-    if acceleration.compile and device == "cpu" and not shutil.which(compiler):
-        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there")
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

@@ -1,21 +1,20 @@
 """Why a script stops before its end: bad input, a run that cannot go on, or a signal."""
 
 
-class InputError(ValueError):
+class _OneLine(Exception):
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # torch and Pillow write several lines
+
+
+class InputError(_OneLine, ValueError):
     """Bad input: a flag, a file or a folder. One line says what is wrong, where, and what to do.
 
     Scripts print it and leave with exit code 2; see ``utils.cli.parser.run_script``.
     """
 
-    def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # torch and Pillow write several lines
 
-
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """A run that cannot go on: it diverged, or its disk is full. Exit code 1 and one line."""
-
-    def __str__(self) -> str:
-        return " ".join(super().__str__().split())
 
 
 class Interrupted(BaseException):
