@@ -136,10 +136,11 @@ class Ranking:
         self._scores = scores if scope == "global" else [_ranks(s) for s in scores]
         # The group and the channel of every entry: in the order of the network, then ranked.
         entries = sorted((entry, i) for i, group in enumerate(groups) for entry in group.entries)
-        blocks = [(i, self._scores[i]) for _, i in entries]
-        order = _descending(torch.cat([scores for _, scores in blocks]))
-        self._group = torch.cat([torch.full((len(s),), i) for i, s in blocks])[order]
-        self._channel = torch.cat([torch.arange(len(s)) for _, s in blocks])[order]
+        owners = [i for _, i in entries]
+        widths = [len(self._scores[i]) for i in owners]
+        order = _descending(torch.cat([self._scores[i] for i in owners]))
+        self._group = torch.tensor(owners).repeat_interleave(torch.tensor(widths))[order]
+        self._channel = torch.cat([torch.arange(width) for width in widths])[order]
         self.entries = len(order)
 
     def cut_after(self, kept: int) -> int:
@@ -195,13 +196,13 @@ def select_channels(
 def _ranks(scores: Tensor) -> Tensor:
     """(i + 1/2) / C for the i-th lowest of C scores: a threshold t cuts round(C * t) channels."""
     ranks = torch.empty(len(scores), dtype=torch.float64)
-    ranks[_descending(scores).flip(0)] = (torch.arange(len(scores)).double() + 0.5) / len(scores)
+    ranks[scores.argsort(stable=True)] = (torch.arange(len(scores)).double() + 0.5) / len(scores)
     return ranks
 
 
 def _descending(scores: Tensor) -> Tensor:
     """Indices from the highest score to the lowest; of equal scores the later comes first."""
-    return scores.sort(stable=True).indices.flip(0)
+    return scores.argsort(stable=True).flip(0)
 
 
 @torch.no_grad()
