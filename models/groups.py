@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 Places = Mapping[str, Tensor]
-SIDES = ("outputs", "inputs")
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,14 @@ class ChannelGroup:
     """C channels that lie in the same layers; each of them can be cut on its own.
 
     Attributes:
-        name: the name of the first gate or, in a network without gates, of the first norm.
+        name: the first gate or, in a network without gates, the first norm.
         gates: the gates of the channels. With k gates, a channel counts k times in a pruning ratio.
-        norms: the BatchNorms that score the channels, by gamma, its gradient, and beta.
-        convs: the convolutions and linear layers whose filters score the channels. They are those
-            among ``outputs``; if there are none (DenseNet), those among ``inputs``, where a
-            criterion reads input slices.
-        outputs: layer -> (C, k) the k outputs of that layer that go with each channel: outputs of
-            convolutions, norms, gates and shortcuts.
+        norms: the BatchNorms that score the channels.
+        convs: the convolutions and linear layers whose filters score the channels: those among
+            ``outputs`` or, if there are none (DenseNet), ``inputs``.
+        outputs: layer -> (C, k) the k outputs of that layer that go with each channel.
         inputs: layer -> (C, k) the same for inputs. Behind a flattened 4x4 map, k is 16.
-        entries: the places of each gate among all gates of the network, in module order, or as many
+        entries: the place of each gate among all gates of the network, in module order, or as many
             numbers as a channel has places in the first norm. They break ties between scores.
     """
 
@@ -40,7 +38,7 @@ class ChannelGroup:
     entries: tuple[int, ...]
 
     def __deepcopy__(self, memo: dict) -> ChannelGroup:
-        return self  # nothing changes it, so the copies of a network share it
+        return self  # nothing changes it: the copies of a network share it
 
     @property
     def width(self) -> int:
@@ -49,40 +47,37 @@ class ChannelGroup:
 
     def as_plain(self) -> dict[str, Any]:
         """For a checkpoint: plain values, and all places in one tensor."""
-        sides = {s: {n: p.shape[1] for n, p in getattr(self, s).items()} for s in SIDES}
+        outputs = {name: places.shape[1] for name, places in self.outputs.items()}
+        inputs = {name: places.shape[1] for name, places in self.inputs.items()}
         places = torch.cat([*self.outputs.values(), *self.inputs.values()], 1).int()
-        return {**vars(self), **sides, "places": places}
+        return {**vars(self), "outputs": outputs, "inputs": inputs, "places": places}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ChannelGroup:
         """The inverse of ``as_plain``."""
         fields = dict(plain)
-        places = fields.pop("places").long()
-        counts = [count for side in SIDES for count in fields[side].values()]
-        parts = iter(places.split(counts, 1))
-        for side in SIDES:
-            fields[side] = {name: next(parts) for name in fields[side]}
+        counts = [*plain["outputs"].values(), *plain["inputs"].values()]
+        parts = iter(fields.pop("places").long().split(counts, 1))
+        for side in ("outputs", "inputs"):
+            fields[side] = {name: next(parts) for name in plain[side]}
         return cls(**fields)
-
-    def removed(self, keep: Sequence[int]) -> tuple[Places, Places]:
-        """The outputs and the inputs (n,) of each layer that go if only ``keep`` stays."""
-        goes = torch.ones(self.width, dtype=torch.bool)
-        goes[list(keep)] = False
-        sides = ({n: p[goes].flatten() for n, p in s.items()} for s in (self.outputs, self.inputs))
-        return tuple(sides)
 
 
 def removed_by(
     groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The outputs and the inputs (n,) of each layer, sorted, that go in a whole plan."""
-    found: tuple[dict[str, list[Tensor]], ...] = {}, {}
-    for group in groups:
-        if group.name in keep:
-            for side, places in zip(found, group.removed(keep[group.name]), strict=True):
-                for layer, gone in places.items():
-                    side.setdefault(layer, []).append(gone)
-    return tuple({n: torch.cat(parts).sort().values for n, parts in s.items()} for s in found)
+) -> tuple[Places, Places]:
+    """The outputs and the inputs (n,) of each layer, sorted, that go if ``keep`` stays."""
+    outputs, inputs = defaultdict(list), defaultdict(list)
+    for group in [group for group in groups if group.name in keep]:
+        goes = torch.ones(group.width, dtype=torch.bool)
+        goes[list(keep[group.name])] = False
+        for side, places in ((outputs, group.outputs), (inputs, group.inputs)):
+            for layer, place in places.items():
+                side[layer].append(place[goes].flatten())
+    return tuple(
+        {layer: torch.cat(parts).sort().values for layer, parts in side.items()}
+        for side in (outputs, inputs)
+    )
 
 
 @dataclass
@@ -93,10 +88,9 @@ class Structure:
         num_classes: size of the output.
         head: the name of the layer that makes the output; empty if there is none.
         net: the name that ``models.build_model`` takes.
-        groups: the channel groups of the unpruned network; None until they are asked for.
+        groups: the channel groups of the unpruned network; None until they are read.
         notes: which operations keep their channels, and other remarks for the log.
-        kept: group -> sorted channels of the unpruned network that are left. Groups that were never
-            cut are missing.
+        kept: group -> sorted channels of the unpruned network that are left, if it was ever cut.
     """
 
     num_classes: int
@@ -108,20 +102,21 @@ class Structure:
 
     def present(self) -> list[ChannelGroup]:
         """The groups as they are now: what was cut is left out, and the places moved up."""
-        if not self.kept:
-            return list(self.groups)
-        gone = removed_by(self.groups, self.kept)
+        gone_outputs, gone_inputs = removed_by(self.groups, self.kept)
         present = []
         for group in self.groups:
-            keep = self.kept.get(group.name, range(group.width))
-            sides = []
-            for places, removed in zip((group.outputs, group.inputs), gone, strict=True):
-                left = {name: place[list(keep)] for name, place in places.items()}
-                for name in left.keys() & removed.keys():
-                    left[name] = left[name] - torch.searchsorted(removed[name], left[name])
-                sides.append({name: left[name] for name in places})
-            present.append(replace(group, outputs=sides[0], inputs=sides[1]))
+            keep = list(self.kept.get(group.name, range(group.width)))
+            outputs = _left(group.outputs, keep, gone_outputs)
+            inputs = _left(group.inputs, keep, gone_inputs)
+            present.append(replace(group, outputs=outputs, inputs=inputs))
         return present
+
+
+def _left(places: Places, keep: list[int], gone: Places) -> Places:
+    """The places of the channels ``keep``, once the places ``gone`` of each layer are left out."""
+    none = torch.empty(0, dtype=torch.long)
+    left = {name: place[keep] for name, place in places.items()}
+    return {name: p - torch.searchsorted(gone.get(name, none), p) for name, p in left.items()}
 
 
 def structure(model: nn.Module) -> Structure:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from models import ChannelGroup, Gate, channel_groups, group_widths
+from models.groups import removed_by
 
 SCOPES = ("global", "layer")
 
@@ -73,7 +74,7 @@ class PruningPlan:
         plan = self.shrinking(group_widths(model))
         for group in channel_groups(model):
             if group.name in plan.keep:
-                outputs, _ = group.removed(plan.keep[group.name])
+                outputs, _ = removed_by([group], plan.keep)
                 for name in group.gates or outputs:
                     silence(model.get_submodule(name), outputs[name])
         return model
