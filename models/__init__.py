@@ -1,4 +1,5 @@
 """Networks, by name."""
+# ruff: noqa: F401  (some imports are for those who import from here)
 
 import difflib
 import importlib
@@ -13,33 +14,12 @@ from models import trace as tracing
 from models.densenet import GateDenseNet
 from models.gate import Gate
 from models.gated import GatedModel, checkpoint_blocks, pruning_stages
-from models.groups import ChannelGroup, replace_head, reset_parameters, structure
+from models.groups import ChannelGroup, Structure, replace_head, reset_parameters, structure
 from models.mobilenetv2 import GateMobileNetV2
 from models.resnet_cifar import GateResNetCifar
 from models.resnet_imagenet import ResNetImageNet
 from models.trace import channel_groups, group_widths
 from models.vgg import GateVGG
-
-__all__ = [
-    "ALIASES",
-    "IMAGENET_NETWORKS",
-    "NETWORKS",
-    "ChannelGroup",
-    "Gate",
-    "GatedModel",
-    "build_model",
-    "channel_groups",
-    "check_network",
-    "checkpoint_blocks",
-    "construct",
-    "from_torchvision",
-    "group_widths",
-    "pruning_stages",
-    "replace_head",
-    "reset_parameters",
-    "structure",
-    "torchvision_networks",
-]
 
 # Name -> callable that takes num_classes and returns a GatedModel. A new network is one more line.
 NETWORKS: dict[str, Callable[..., GatedModel]] = {
@@ -57,10 +37,6 @@ IMAGENET_NETWORKS = tuple(net for net in NETWORKS if net.startswith("resnet"))
 ALIASES = {"gateresnet32_c100": ("gateresnet32", 100), "gateresnet56_c100": ("gateresnet56", 100)}
 
 
-# Networks of torchvision whose auxiliary classifiers we leave out.
-AUXILIARY = ("googlenet", "inception_v3")
-
-
 def torchvision_networks() -> list[str]:
     """The names of torchvision's classifiers."""
     import torchvision.models  # here, because it takes seconds
@@ -69,10 +45,10 @@ def torchvision_networks() -> list[str]:
 
 
 def from_torchvision(net: str, **options: Any) -> nn.Module:
-    """A classifier of torchvision with fresh weights."""
+    """A classifier of torchvision with fresh weights, without auxiliary classifiers."""
     import torchvision.models
 
-    if net in AUXILIARY:
+    if net in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": False}
     return torchvision.models.get_model(net, weights=None, **options)
 
@@ -80,47 +56,45 @@ def from_torchvision(net: str, **options: Any) -> nn.Module:
 def check_network(net: str, known: Sequence[str] | None = None) -> str:
     """Return ``net`` if it is in ``known`` (default: all our names), torchvision's, or a factory.
 
-    Raises ValueError, with the most similar names, if it is none of them.
+    Raises ValueError, with the most similar names, for any other.
     """
     known = [*NETWORKS, *ALIASES] if known is None else known
     if net in known or ":" in net:
         return net
     theirs = torchvision_networks()
-    if net in NETWORKS or net in ALIASES or net not in theirs:
-        near = difflib.get_close_matches(net, [*known, *theirs], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"unknown network {net!r}; {hint}")
-    return net
+    if net in theirs and net not in NETWORKS and net not in ALIASES:
+        return net
+    near = difflib.get_close_matches(net, [*known, *theirs], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    raise ValueError(f"unknown network {net!r}; {hint}")
 
 
 def construct(net: str, num_classes: int | None = None) -> nn.Module:
-    """A network by its name, with fresh weights. Without gates it is not traced yet; see
-    ``build_model``.
-    """
+    """``build_model`` without the trace: a network without gates has no channel groups yet."""
     name, fixed = ALIASES.get(check_network(net), (net, num_classes))
     if num_classes not in (None, fixed):
         raise ValueError(f"{net} has {fixed} classes, not {num_classes}; {name} takes any number")
     options = {} if fixed is None else {"num_classes": fixed}
-    if name in NETWORKS:
-        model = NETWORKS[name](**options)
-        if not isinstance(model, GatedModel):
-            raise TypeError(f"network {name!r} is a {type(model).__name__}, not a GatedModel")
-        model.head_layer()
-        known = model.structure
-        known.net, known.head, (known.groups, known.notes) = name, model.head, _read(NETWORKS[name])
-        return model
-    if ":" in name:
-        return _factory(name)(**options)
-    return from_torchvision(name, **options)
+    if name not in NETWORKS:
+        return _factory(name)(**options) if ":" in name else from_torchvision(name, **options)
+    model = NETWORKS[name](**options)
+    kind = type(model).__name__
+    if not isinstance(model, GatedModel):
+        raise TypeError(f"network {name!r} is a {kind}, not a GatedModel")
+    if not model.head or model.head not in dict(model.named_modules()):
+        raise TypeError(f"{kind}.head must name its classifier; no layer is {model.head!r}")
+    known, read = model.structure, _read(NETWORKS[name])
+    known.net, known.head, known.groups, known.notes = name, model.head, read.groups, read.notes
+    return model
 
 
 @cache
-def _read(network: Callable[..., GatedModel]) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...]]:
+def _read(network: Callable[..., GatedModel]) -> Structure:
     """The channel groups of a network of ours, and notes. They do not depend on num_classes."""
     with torch.device("meta"):
         model = network(num_classes=1)
     with torch.device("cpu"):  # also where the caller has chosen another
-        return tracing.read_gated(model)
+        return tracing.read_groups(model)
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:

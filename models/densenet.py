@@ -1,9 +1,8 @@
 """Gated DenseNets for CIFAR (Huang et al., CVPR 2017).
 
-Each layer of a dense block reads all channels made before it and appends its own. Each gate belongs
-to one reader: it says which of these channels the reader needs. Cutting takes two steps. First the
-``ChannelSelector`` of a reader skips a channel. Once all readers skip a channel, its layer stops
-making it (``live_channels``).
+Each layer of a dense block reads all channels made before it and appends its own. A gate says which
+of them its layer needs; its ``ChannelSelector`` skips the others. Once all readers skip a channel,
+the layer that makes it stops making it (``live_channels``).
 """
 
 from collections import OrderedDict
@@ -110,8 +109,8 @@ class GateDenseNet(GatedModel):
     def live_channels(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """The outputs that some selector still reads, and the inputs that selectors then get.
 
-        A layer whose outputs nobody reads keeps its first one. One pass suffices: removing the
-        outputs of a layer never changes its inputs.
+        A layer whose outputs nobody reads keeps its first one. One pass suffices: removing a
+        layer's outputs never changes its inputs.
         """
         outputs, inputs = {}, {}
         for makers, readers in self._dense_blocks():

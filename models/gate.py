@@ -13,9 +13,7 @@ from torch.fx.proxy import TraceError
 class Gate(nn.Module):
     """Multiply every channel by a frozen factor: ``y = gate * x``. All factors are 1 unless masked.
 
-    A gate stands where a factor of 0 has the same effect as removing the channel. So a mask can try
-    a pruning plan before anything is cut.
-
+    A gate stands where a factor of 0 has the same effect as removing the channel.
     Shape: (B, C, H, W) -> (B, C, H, W); the parameter ``gate`` is (1, C, 1, 1).
     """
 
@@ -25,9 +23,8 @@ class Gate(nn.Module):
         self.folded = False  # True inside ``folded_gates``: return the input unchanged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.folded:
-            return x
-        return self.gate.to(x.dtype) * x  # the cast keeps float16 activations float16
+        # The cast keeps float16 activations float16.
+        return x if self.folded else self.gate.to(x.dtype) * x
 
     @property
     def out_channels(self) -> int:
@@ -59,13 +56,10 @@ def folded_gates(model: nn.Module) -> Iterator[None]:
 
 
 def deployable(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for inference, whose logits are the same up to float rounding.
+    """A copy of ``model`` for inference, in float32; logits are the same up to float rounding.
 
     Open gates are removed; gates that mask a channel stay. Every BatchNorm after a convolution is
-    merged into it, unless torch.fx cannot trace the forward pass. Weights, and so activations, are
-    channels_last.
-
-    Shape: (B, 3, H, W) -> (B, num_classes), float32.
+    merged into it, unless torch.fx cannot trace the forward pass. Weights are channels_last.
     """
     model = copy.deepcopy(model).float().eval()
     for name, module in list(model.named_modules()):

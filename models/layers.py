@@ -1,6 +1,6 @@
-"""Layers that copy some of their input channels. Surgery edits which ones; see utils/surgery.py.
+"""Layers that copy some of their input channels. Surgery edits which ones.
 
-The choice follows from the pruning plan. It is not part of the state dict.
+The choice follows from the pruning plan; it is not part of the state dict.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 def take_channels(x: Tensor, index: Tensor) -> Tensor:
     """Like ``x.index_select(1, index)``, but keeps channels_last in forward and backward.
 
-    Without it, every later operation that meets channels_last tensors is several times slower.
-
-    Shape: (B, C, H, W) and (K,) -> (B, K, H, W)
+    Otherwise every later operation that meets channels_last tensors is several times slower.
     """
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x.index_select(1, index)
@@ -24,13 +22,11 @@ def take_channels(x: Tensor, index: Tensor) -> Tensor:
 
 
 class PadShortcut(nn.Module):
-    """Option-A shortcut (He et al., CVPR 2016): every second pixel, and channels of zeros on both
-    sides. No parameters.
+    """Option-A shortcut (He et al., CVPR 2016): every second pixel, zero channels on both sides.
 
     Shape: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))
 
-    Attributes:
-        source: (C_out,) the input channel that each output channel copies; -1 for zeros.
+    ``source`` (C_out,) is the input channel that each output channel copies; -1 for zeros.
     """
 
     source: Tensor
@@ -62,10 +58,8 @@ class ChannelSelector(nn.Module):
 
     Shape: (B, in_channels, H, W) -> (B, len(channels), H, W)
 
-    Attributes:
-        channels: the input channels that pass, sorted. The buffer ``index`` holds the same, but
-            has no values on the meta device, where costs are counted.
-        in_channels: the number of input channels.
+    ``channels`` are the input channels that pass, sorted. The buffer ``index`` holds the same, but
+    has no values on the meta device, where costs are counted.
     """
 
     index: Tensor

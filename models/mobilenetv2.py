@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.gate import Gate
-from models.residual import ResidualBlock, ResidualModel, add_layer
+from models.gated import GatedModel, ResidualBlock, add_layer
 
 # Expansion, width, blocks, stride of the first block.
 TABLE = (
@@ -21,9 +21,8 @@ TABLE = (
 class InvertedResidual(ResidualBlock):
     """1x1 to ``expansion`` times the width, 3x3 depthwise, 1x1 to the new width; no final ReLU.
 
-    The depthwise convolution makes channel c from channel c alone. So the channels before and
-    behind it are one group, with two gates and two norms. ``shortcut`` is empty (the identity) if
-    the width stays, a 1x1 convolution and a norm if it changes, and None in a block of stride 2.
+    The channels before and behind the depthwise convolution are one group, with two gates. In a
+    block of stride 2, ``shortcut`` is None.
     """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
@@ -33,7 +32,7 @@ class InvertedResidual(ResidualBlock):
         add_layer(self, 2, width, width, 3, stride, groups=width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Sequential() if stride == 1 else None
+        self.shortcut = nn.Sequential() if stride == 1 else None  # empty: the identity
         if stride == 1 and in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
@@ -48,7 +47,7 @@ class InvertedResidual(ResidualBlock):
         return self.gate3(out)
 
 
-class GateMobileNetV2(ResidualModel):
+class GateMobileNetV2(GatedModel):
     """A stem, seventeen blocks (``TABLE``), a 1x1 convolution to 1,280 channels, a classifier."""
 
     head = "linear"

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.gated import GatedModel, ResidualBlock, add_layer
 from models.layers import PadShortcut
-from models.residual import ResidualBlock, ResidualModel, add_layer
 
 
 class BasicBlock(ResidualBlock):
@@ -22,7 +22,7 @@ class BasicBlock(ResidualBlock):
         return F.relu(self.gate2(self.bn2(self.conv2(out)) + self.shortcut(x)))
 
 
-class GateResNetCifar(ResidualModel):
+class GateResNetCifar(GatedModel):
     """ResNet of depth 6n + 2, with n blocks in each of three stages of 16, 32 and 64 channels."""
 
     head = "linear"

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.residual import ResidualBlock, ResidualModel, add_layer
+from models.gated import GatedModel, ResidualBlock, add_layer
 
 # Depth -> whether the blocks are bottlenecks, and the number of blocks in each stage.
 LAYOUTS = {
@@ -43,7 +43,7 @@ class Block(ResidualBlock):
         return F.relu(last(out + (x if self.downsample is None else self.downsample(x))))
 
 
-class ResNetImageNet(ResidualModel):
+class ResNetImageNet(GatedModel):
     """ResNet-18 to -152 with gates."""
 
     head = "fc"

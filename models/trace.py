@@ -1,14 +1,16 @@
 """The channel groups of any network, read off its forward pass.
 
 torch.fx records the operations. Every output channel of a convolution or linear layer gets a
-number, and every tensor an index of the same shape that says which channel an element belongs to.
-Operations move and combine these indices (models/walk.py, models/operations.py). What hangs
-together in the end is cut together. The network itself stays as it is: fx only reads.
+number, and every tensor an index of the same shape: the channel to which each element belongs.
+Operations move and combine these indices (walk.py, operations.py). Channels that are united in the
+end are cut together. fx only reads: the network itself stays as it is.
 """
 
 import copy
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,24 +28,22 @@ RELU = {"relu", "relu6", "leakyrelu", "prelu"}
 
 
 def trace(model: nn.Module, example: Tensor, net: str = "") -> nn.Module:
-    """Read the channel groups off the forward pass of ``model``, and return the model.
+    """Read the channel groups off the forward pass of ``model``, before anything is cut.
 
-    It gets one plain attribute, ``structure``; nothing else about it changes. A network is traced
-    once, before anything is cut.
+    Returns the model. It gets one plain attribute, ``structure``; nothing else about it changes.
 
     Args:
         model: any network of one input, with BatchNorm and in float32.
-        example: an input of the usual shape, such as ``torch.empty(1, 3, 224, 224)``; only its
-            shape matters.
+        example: an input; only its shape matters, such as ``torch.empty(1, 3, 224, 224)``.
         net: what ``models.build_model`` and checkpoints call the network.
 
     Raises ValueError if torch.fx cannot trace the forward pass, or if no channel can be cut.
     """
-    groups, notes, head, num_classes = read_groups(model, example)
-    if not groups:
-        why = "; ".join(notes) or "it has no BatchNorm whose channels can go"
+    found = read_groups(model, example)
+    if not found.groups:
+        why = "; ".join(found.notes) or "it has no BatchNorm whose channels can go"
         raise ValueError(f"{net or type(model).__name__} cannot be pruned: {why}")
-    model.structure = Structure(num_classes, head, net, groups, notes)
+    model.structure = replace(found, net=net)
     return model
 
 
@@ -51,52 +51,43 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """The channel groups of a network as it is now, in forward order.
 
     A network with gates that ``models.build_model`` has not made is traced at the first call.
-    Raises TypeError for a network without gates that nobody has traced.
+    Raises TypeError for one without gates that nobody has traced.
     """
-    return _known(model).present()
+    known = structure(model)
+    if known.groups is None:
+        found = read_groups(model)
+        known.groups, known.notes = found.groups, found.notes
+    return known.present()
 
 
 def group_widths(model: nn.Module) -> dict[str, int]:
-    """Number of channels of every group, by group name."""
-    known = _known(model)
-    return {g.name: len(known.kept.get(g.name, range(g.width))) for g in known.groups}
+    """The number of channels of every group as it is now."""
+    return {group.name: group.width for group in channel_groups(model)}
 
 
-def _known(model: nn.Module) -> Structure:
-    known = structure(model)
-    if known.groups is None:
-        known.groups, known.notes = read_gated(model)
-    return known
+def read_groups(model: nn.Module, example: Tensor | None = None) -> Structure:
+    """What the forward pass of an unpruned network says of it; see ``trace``.
 
-
-def read_gated(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...]]:
-    """The channel groups of an unpruned network with gates, and notes; see ``read_groups``."""
-    groups, notes, *_ = read_groups(model, torch.empty(1, 3, 64, 64))
-    return groups, notes
-
-
-def read_groups(
-    model: nn.Module, example: Tensor
-) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...], str, int]:
-    """The channel groups of an unpruned network; notes; the head's name; the size of the output.
-
-    Raises ValueError as ``trace`` does, and for a gate on channels that must stay.
+    Raises ValueError also for a gate on channels that must stay.
     """
+    images = torch.empty(1, 3, 64, 64, device="meta") if example is None else example.to("meta")
     shapes = on_meta(model).eval()
     try:
-        tracer = Tracer(example.to("meta"))
-        walk = Walk(shapes, tracer.trace(shapes))
+        walk = Walk(shapes, Tracer(images).trace(shapes))
         with torch.no_grad():
-            output = walk.run(example.to("meta"))
+            outputs = traced_in(walk.run(images))
     except (fx.proxy.TraceError, RuntimeError, TypeError, NotImplementedError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"torch.fx cannot trace the forward of {type(model).__name__}: {said}"
-        ) from error
+        network, said = type(model).__name__, " ".join(str(error).split())
+        raise ValueError(f"torch.fx cannot trace the forward of {network}: {said}") from error
     groups = _groups(walk, dict(shapes.named_modules()))
-    sizes = [value.meta.shape[-1] for value in traced_in(output)]
-    notes = (*dict.fromkeys(walk.notes), *_about_beta(groups, walk))
-    return groups, notes, walk.head, sizes[0] if sizes else 0
+    norms = [norm for group in groups for norm in group.norms if not group.gates]
+    if others := {name for norm in norms for name in walk.behind[norm] - RELU}:
+        walk.notes.append(
+            "the beta term of gfbs assumes a ReLU behind each norm; behind some norms here comes"
+            f" {', '.join(sorted(others))}; the Taylor term (--criterion taylor) needs no ReLU"
+        )
+    num_classes = outputs[0].meta.shape[-1] if outputs else 0
+    return Structure(num_classes, walk.head, "", groups, tuple(dict.fromkeys(walk.notes)))
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -108,29 +99,44 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def _groups(walk: Walk, modules: dict[str, nn.Module]) -> tuple[ChannelGroup, ...]:
-    """The classes of united channels, by the layers in which they lie."""
-    channels: dict[int, dict[tuple[str, str], list[int]]] = defaultdict(dict)
+    """All groups. Their first gates are in module order, their first norms in forward order.
+
+    Further groups of one norm are called ``name#2`` and so on.
+    """
+    gates = [name for name, module in modules.items() if isinstance(module, Gate)]
+    order = gates or [layer for layer, _ in walk.touched]
+    groups = [_group(modules, gates, *sides) for sides in _alike(walk)]
+    groups = [group for group in groups if group]
+    groups.sort(key=lambda group: (order.index(group.name), int(group.outputs[group.name][0, 0])))
+    if unused := set(gates) - {gate for group in groups for gate in group.gates}:
+        where = f"gate {min(unused)} stands where channels cannot be cut"
+        raise ValueError("; ".join([where, *walk.notes]))
+    counts, numbers, found = Counter(), count(), []
+    for group in groups:
+        counts[group.name] += 1
+        name = group.name if counts[group.name] == 1 else f"{group.name}#{counts[group.name]}"
+        places = islice(numbers, group.outputs[group.name].shape[1])
+        entries = [gates.index(gate) for gate in group.gates] or places
+        found.append(replace(group, name=name, entries=tuple(entries)))
+    return tuple(found)
+
+
+def _alike(walk: Walk) -> Iterator[tuple[Places, Places]]:
+    """The outputs and the inputs of all channels that lie in the same layers."""
     classes = walk.numbers.classes()
+    units = defaultdict(lambda: defaultdict(list))  # class of channels -> (layer, side) -> places
     for key, numbers in walk.touched.items():
         for place, root in enumerate(classes[numbers].tolist()):
-            if root:
-                channels[root].setdefault(key, []).append(place)
+            units[root][key].append(place)
+    units.pop(0, None)  # the channels that stay
     alike = defaultdict(list)
-    for places in channels.values():
-        alike[tuple((key, len(found)) for key, found in places.items())].append(places)
-
-    gates = [name for name, module in modules.items() if isinstance(module, Gate)]
-    groups: list[ChannelGroup] = []
-    for keys, members in alike.items():
+    for unit in units.values():
+        alike[tuple((key, len(places)) for key, places in unit.items())].append(unit)
+    for members in alike.values():
         sides = {"outputs": {}, "inputs": {}}
-        for (layer, side), _ in keys:
-            sides[side][layer] = torch.tensor([member[layer, side] for member in members])
-        if group := _group(modules, gates, **sides):
-            groups.append(group)
-    if unused := set(gates) - {gate for group in groups for gate in group.gates}:
-        reasons = "".join(f"; {note}" for note in walk.notes)
-        raise ValueError(f"gate {min(unused)} stands where channels cannot be cut{reasons}")
-    return _in_order(groups, walk, bool(gates))
+        for layer, side in members[0]:
+            sides[side][layer] = torch.tensor([unit[layer, side] for unit in members])
+        yield sides["outputs"], sides["inputs"]
 
 
 def _group(
@@ -145,41 +151,10 @@ def _group(
 
     own, makers = of(Gate, outputs), (_ConvNd, nn.Linear)
     norms = tuple(name for name in of(_BatchNorm, outputs) if modules[name].affine)
-    first = own or norms
-    if not norms or bool(gates) != bool(own) or len(outputs[first[0]]) == 1:
+    name = next(iter(own or norms), "")
+    if not norms or (gates and not own) or len(outputs[name]) == 1:
         return None
-    order = outputs[first[0]][:, 0].argsort()
+    order = outputs[name][:, 0].argsort()
     outputs, inputs = ({n: p[order] for n, p in side.items()} for side in (outputs, inputs))
-    entries = tuple(map(gates.index, own)) or tuple(range(outputs[first[0]].shape[1]))
     convs = of(makers, outputs) or of(makers, inputs)
-    return ChannelGroup(first[0], own, norms, convs, outputs, inputs, entries)
-
-
-def _in_order(groups: list[ChannelGroup], walk: Walk, gated: bool) -> tuple[ChannelGroup, ...]:
-    """Sorted as the channels are scored first; without gates, with running numbers as entries, and
-    ``name#2`` and so on for further groups of a norm.
-    """
-    if gated:
-        return tuple(sorted(groups, key=lambda group: group.entries))
-    forward = {layer: place for place, (layer, _) in enumerate(walk.touched)}
-    groups.sort(key=lambda group: (forward[group.name], int(group.outputs[group.name][0, 0])))
-    counts, start, found = Counter(), 0, []
-    for group in groups:
-        counts[group.name] += 1
-        name = group.name + (f"#{counts[group.name]}" if counts[group.name] > 1 else "")
-        entries = tuple(range(start, start + len(group.entries)))
-        start += len(entries)
-        found.append(replace(group, name=name, entries=entries))
-    return tuple(found)
-
-
-def _about_beta(groups: tuple[ChannelGroup, ...], walk: Walk) -> list[str]:
-    """What the log says where no ReLU stands behind a norm that scores."""
-    norms = [norm for group in groups for norm in group.norms if not group.gates]
-    others = {name for norm in norms for name in walk.behind[norm] - RELU}
-    if not others:
-        return []
-    return [
-        "the beta term of gfbs assumes a ReLU behind each norm; behind some norms here comes"
-        f" {', '.join(sorted(others))}; the Taylor term (--criterion taylor) needs no ReLU"
-    ]
+    return ChannelGroup(name, own, norms, convs, outputs, inputs, ())

@@ -5,16 +5,13 @@ from torch import Tensor, nn
 from models.gate import Gate
 from models.gated import GatedModel
 
-WIDTHS = {
-    11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    13: (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    16: (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"),
-    19: (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"),
-}
+WIDTHS = (64, 128, 256, 512, 512)
+# Depth -> the number of layers of each width.
+COUNTS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class GateVGG(GatedModel):
-    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per width, and MaxPool for "M"."""
+    """``features``: [Conv 3x3 with bias, BatchNorm, Gate, ReLU] per layer, MaxPool per width."""
 
     head = "classifier"
 
@@ -22,13 +19,12 @@ class GateVGG(GatedModel):
         super().__init__(num_classes)
         layers: list[nn.Module] = []
         channels = 3
-        for width in WIDTHS[depth]:
-            if width == "M":
-                layers.append(nn.MaxPool2d(2))
-            else:
+        for width, count in zip(WIDTHS, COUNTS[depth], strict=True):
+            for _ in range(count):
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
                 layers += [nn.BatchNorm2d(width), Gate(width), nn.ReLU(True)]
                 channels = width
+            layers.append(nn.MaxPool2d(2))
         # 32x32 images are 1x1 here already; the pooling makes larger ones work.
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)

@@ -3,6 +3,7 @@
 import operator
 from collections import defaultdict
 from collections.abc import Callable
+from functools import singledispatchmethod
 from typing import Any
 
 import torch
@@ -12,27 +13,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from models.channels import Numbers, Traced
 from models.gate import Gate
 from models.layers import ChannelSelector, PadShortcut
-from models.operations import RULES, Call, rule_name, traced_in
+from models.operations import RULES, Call, Numbers, Traced, traced_in
 
-OURS = (Gate, PadShortcut, ChannelSelector)
-LIBRARIES = ("torch", "torchvision.ops", "_operator", "builtins", "models.layers")
+LIBRARIES = ("torch.", "torchvision.ops.", "_operator.", "builtins.")
 
 
 class Tracer(fx.Tracer):
-    """Records layers of torch and of ours as one operation each; decides by the example's sizes."""
+    """Records layers of torch and of ours as one operation each."""
 
     def __init__(self, example: Tensor):
         super().__init__()
         self.example = example
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, OURS) or super().is_leaf_module(module, name)
+        ours = isinstance(module, (Gate, PadShortcut, ChannelSelector))
+        return ours or super().is_leaf_module(module, name)
 
     def to_bool(self, proxy: fx.Proxy) -> bool:
-        """A branch in the forward pass: taken as the example takes it."""
+        """Take a branch in the forward pass as the example takes it."""
         graph, copies = fx.Graph(), {}
         graph.graph_copy(self.graph, copies)
         graph.output(copies[proxy.node])
@@ -41,9 +41,7 @@ class Tracer(fx.Tracer):
         nn.Module.__call__ = fx_trace._orig_module_call
         nn.Module.__getattr__ = fx_trace._orig_module_getattr
         try:
-            module = fx.GraphModule(self.root, graph)
-            module.graph.eliminate_dead_code()
-            return bool(fx.Interpreter(module).run(self.example))
+            return bool(fx.Interpreter(fx.GraphModule(self.root, graph)).run(self.example))
         finally:
             nn.Module.__call__, nn.Module.__getattr__ = patched
 
@@ -53,6 +51,7 @@ class Walk(fx.Interpreter):
 
     Attributes:
         touched: (layer, "outputs" or "inputs") -> the channel (C,) at each of its positions.
+        behind: norm -> the names of the operations that follow.
         notes: why channels stay, and other remarks.
         head: the name of the layer whose outputs are the network's output; empty if there is none.
     """
@@ -62,70 +61,61 @@ class Walk(fx.Interpreter):
         self.layers = dict(model.named_modules())
         self.numbers, self.notes, self.head = Numbers(), [], ""
         self.touched: dict[tuple[str, str], Tensor] = {}
-        self.behind: dict[str, set[str]] = defaultdict(set)  # norm -> the operations that follow
-        self._made: dict[int, str] = {}  # first number of the outputs of a layer -> its name
+        self.behind: dict[str, set[str]] = defaultdict(set)
+        self._made = {0: ""}  # first number of the outputs of a layer -> its name
 
     def run_node(self, node: fx.Node) -> Any:
         """The result of an operation, with ``Traced`` for tensors."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.op == "output":
-            return self._end(args)
-        if node.op in ("placeholder", "get_attr") or not traced_in((args, kwargs)):
-            found = super().run_node(node)
-            return self._fixed(found) if node.op in ("placeholder", "get_attr") else found
+        if not traced_in((args, kwargs)) or node.op == "output":
+            return _fixed(super().run_node(node))
         if node.target is operator.getitem and not isinstance(args[0], Traced):
             return args[0][args[1]]  # one of several results
-        args, kwargs = self._fixed((args, kwargs))
         run, name, layer = self._resolve(node)
         metas, options = pytree.tree_map_only(Traced, lambda value: value.meta, (args, kwargs))
         out = run(*metas, **options)
         if not any(isinstance(part, Tensor) for part in pytree.tree_iter(out)):
             return out  # a size
         call = Call(name, node, run, args, kwargs, out)
-        if layer is None:
-            found = RULES[name](self.numbers, call) if name in RULES else None
-        else:
-            found = self._layer_rule(layer)(layer, call)
+        found = self._run_layer(self.layers[layer], layer, call) if layer else None
+        if found is None and name in RULES:
+            found = RULES[name](self.numbers, call)
         return self._stay(call) if found is None else found
 
-    def _resolve(self, node: fx.Node) -> tuple[Callable, str, str | None]:
-        """The operation to run, its name in RULES, and the layer that it is, if any.
+    def output(self, target: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        for value in traced_in(args):
+            first = int(value.index.flatten()[0]) if value.index.numel() else 0
+            self.head = self._made.get(first, "")
+            self.numbers.fix(value.index)
+        return args
 
-        A function of torch with parameters of a layer, such as F.conv2d(x, self.weight), is that
+    def _resolve(self, node: fx.Node) -> tuple[Callable, str, str]:
+        """What to run, its name in RULES, and the layer that it is, or "".
+
+        A function of torch with the weight of a layer, such as F.conv2d(x, self.weight), is that
         layer.
         """
+        name = self._name(node)
         if node.op == "call_module":
-            module = self.layers[node.target]
-            known = self._layer_rule(node.target) is not None
-            return module, rule_name(type(module)), node.target if known else None
+            return self.layers[node.target], name, node.target
         if node.op == "call_method":
-            return lambda x, *a, **k: getattr(x, node.target)(*a, **k), rule_name(node.target), None
-        source = (getattr(node.target, "__module__", None) or "torch").split(".")
-        known = any(source[: len(p.split("."))] == p.split(".") for p in LIBRARIES)
-        name = rule_name(node.target) if known else ""
+            return getattr(Tensor, node.target), name, ""
+        source, layer = getattr(node.target, "__module__", None) or "torch", ""
+        if not f"{source}.".startswith(LIBRARIES):
+            name = ""
         if name.startswith(("conv", "linear", "batchnorm", "prelu")):
             others = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
             names = {a.target if a.op == "get_attr" else "computed" for a in others}
             owners = {name.rpartition(".")[0] for name in names}
-            owner = owners.pop() if len(owners) == 1 else ""
-            if f"{owner}.weight" in names and self._layer_rule(owner):
-                return node.target, name, owner
-        return node.target, name, None
+            if len(owners) == 1 and f"{min(owners)}.weight" in names:
+                layer = min(owners)
+        return node.target, name, layer
 
-    def _layer_rule(self, name: str) -> Callable | None:
-        module = self.layers[name]
-        torchs = {_ConvNd: self._convolution, nn.Linear: self._linear, nn.PReLU: self._prelu}
-        ours = {Gate: self._gate, PadShortcut: self._remap, ChannelSelector: self._remap}
-        kinds = {**torchs, _BatchNorm: self._norm, **ours}
-        return next((rule for kind, rule in kinds.items() if isinstance(module, kind)), None)
-
-    def _fixed(self, tree: Any) -> Any:
-        """Give number 0 to the channels of all tensors that have none."""
-
-        def fix(tensor: Tensor) -> Traced:
-            return Traced(tensor.to("meta"), torch.zeros(1, dtype=torch.long).expand(tensor.shape))
-
-        return pytree.tree_map_only(Tensor, fix, tree)
+    def _name(self, node: fx.Node) -> str:
+        """``nn.AdaptiveAvgPool2d``, ``F.adaptive_avg_pool2d`` and ``add_`` as RULES spells them."""
+        target = type(self.layers[node.target]) if node.op == "call_module" else node.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        return name.replace("_", "").lower()
 
     def _stay(self, call: Call) -> Any:
         """An operation that we cannot follow: the channels that it meets stay."""
@@ -133,29 +123,19 @@ class Walk(fx.Interpreter):
             self.notes.append(f"{_place(call.node)}: its channels stay")
         for value in call.values:
             self.numbers.fix(value.index)
-        return self._fixed(call.out)
-
-    def _end(self, args: tuple) -> Any:
-        for value in traced_in(args):
-            first = int(value.index.flatten()[0]) if value.index.numel() else 0
-            self.head = self._made.get(first, "")
-            self.numbers.fix(value.index)
-        return args
+        return _fixed(call.out)
 
     def _touch(self, layer: str, side: str, channels: Tensor) -> None:
-        """Note the channels (C,) of a layer. Where a layer runs twice, both runs are united."""
-        if (layer, side) in self.touched:
-            self.numbers.unite(self.touched[layer, side], channels)
-        else:
-            self.touched[layer, side] = channels
+        """Note the channels (C,) of a layer. If it runs twice, those of both runs are united."""
+        self.numbers.unite(self.touched.setdefault((layer, side), channels), channels)
 
     def _channels(self, value: Traced, dim: int = 1) -> Tensor:
         """The channel (C,) at each position of ``dim``."""
-        others = [d for d in range(value.index.dim()) if d != dim % value.index.dim()]
-        return self.numbers.unite_along(value.index, others).flatten()
+        index = value.index.movedim(dim, 0)
+        return self.numbers.unite_along(index, range(1, index.dim())).flatten()
 
     def _reads(self, layer: str, value: Traced, dim: int = 1) -> Tensor:
-        """Note that a layer mixes these channels; they must be 0 where they are masked."""
+        """The channels (C,) that a layer mixes; they must be 0 where they are masked."""
         channels = self._channels(value, dim)
         if not value.silent:
             self.numbers.fix(channels)
@@ -166,62 +146,75 @@ class Walk(fx.Interpreter):
         """The result of a layer with these output channels (C,)."""
         self._touch(layer, "outputs", channels)
         self._made.setdefault(int(channels[0]), layer)
-        shape = [1] * out.dim()
-        shape[dim] = -1
-        return Traced(out, channels.view(shape).expand(out.shape), silent=True)
-
-    def _convolution(self, layer: str, call: Call) -> Traced:
-        conv, x = self.layers[layer], call.values[0]
-        groups, per_group = conv.groups, conv.in_channels // conv.groups
-        if is_depthwise(conv):  # input i makes its own outputs; a masked one has no weights
-            channels = self._channels(x)
-            self._touch(layer, "inputs", channels)
-            own = channels.repeat_interleave(conv.out_channels // groups)
-            return self._makes(layer, call.out, own)
-        parts = self._reads(layer, x).view(groups, per_group)
-        self.numbers.unite(parts, parts[:1])
-        return self._makes(
-            layer, call.out, self.numbers.new(conv.out_channels // groups).repeat(groups)
-        )
-
-    def _linear(self, layer: str, call: Call) -> Traced:
-        self._reads(layer, call.values[0], -1)
-        return self._makes(layer, call.out, self.numbers.new(call.out.size(-1)), -1)
+        index = channels.expand(out.movedim(dim, -1).shape).movedim(-1, dim)
+        return Traced(out, index, silent=True)
 
     def _passes(self, layer: str, call: Call, silent: bool) -> Traced:
+        """The result of a layer that works on each channel alone."""
         x = call.values[0]
         self._touch(layer, "outputs", self._channels(x))
         return Traced(call.out, x.index, silent)
 
-    def _norm(self, layer: str, call: Call) -> Traced:
+    @singledispatchmethod
+    def _run_layer(self, module: nn.Module, layer: str, call: Call) -> Traced | None:
+        """The result of a layer that surgery cuts; None for other modules."""
+
+    @_run_layer.register
+    def _(self, conv: _ConvNd, layer: str, call: Call) -> Traced:
+        x, groups, out_channels = call.values[0], conv.groups, conv.out_channels
+        if is_depthwise(conv):  # input i makes its own outputs; a masked one has no weights
+            channels = self._channels(x)
+            self._touch(layer, "inputs", channels)
+            return self._makes(layer, call.out, channels.repeat_interleave(out_channels // groups))
+        parts = self._reads(layer, x).view(groups, -1)
+        self.numbers.unite(parts, parts[:1])
+        made = self.numbers.new(out_channels // groups).repeat(groups)
+        return self._makes(layer, call.out, made)
+
+    @_run_layer.register
+    def _(self, linear: nn.Linear, layer: str, call: Call) -> Traced:
+        self._reads(layer, call.values[0], -1)
+        return self._makes(layer, call.out, self.numbers.new(linear.out_features), -1)
+
+    @_run_layer.register(PadShortcut)
+    @_run_layer.register(ChannelSelector)
+    def _(self, remap: nn.Module, layer: str, call: Call) -> Traced:
+        """A layer of ours that copies channels: surgery edits either side on its own."""
+        self._reads(layer, call.values[0])
+        return self._makes(layer, call.out, self.numbers.new(remap.out_channels))
+
+    @_run_layer.register
+    def _(self, norm: _BatchNorm, layer: str, call: Call) -> Traced:
         if (layer, "outputs") in self.touched:
             self.notes.append(f"{layer}: runs twice, so its gradients mix; its channels stay")
             self.numbers.fix(call.values[0].index)
         self.behind[layer] |= self._followers(call.node)
-        return self._passes(layer, call, self.layers[layer].affine)
+        return self._passes(layer, call, norm.affine)
+
+    @_run_layer.register
+    def _(self, prelu: nn.PReLU, layer: str, call: Call) -> Traced:
+        x = call.values[0]
+        if prelu.num_parameters == 1:
+            return Traced(call.out, x.index, x.silent)
+        return self._passes(layer, call, x.silent)
+
+    @_run_layer.register
+    def _(self, gate: Gate, layer: str, call: Call) -> Traced:
+        return self._passes(layer, call, silent=True)
 
     def _followers(self, node: fx.Node) -> set[str]:
         """The names of the operations that read the result of a node."""
         found = set()
         for user in node.users:
-            module = user.op == "call_module" and self.layers[user.target]
-            name = rule_name(type(module) if module else user.target)
+            name = self._name(user)
             found |= self._followers(user) if name in ("identity", "dropout") else {name}
         return found
 
-    def _prelu(self, layer: str, call: Call) -> Traced:
-        x = call.values[0]
-        if self.layers[layer].num_parameters == 1:
-            return Traced(call.out, x.index, x.silent)
-        return self._passes(layer, call, x.silent)
 
-    def _gate(self, layer: str, call: Call) -> Traced:
-        return self._passes(layer, call, silent=True)
-
-    def _remap(self, layer: str, call: Call) -> Traced:
-        """A layer of ours that copies channels: surgery edits either side on its own."""
-        self._reads(layer, call.values[0])
-        return self._makes(layer, call.out, self.numbers.new(call.out.size(1)))
+def _fixed(tree: Any) -> Any:
+    """``Traced`` for all tensors; their channels have number 0."""
+    zero = torch.zeros(1, dtype=torch.long)
+    return pytree.tree_map_only(Tensor, lambda t: Traced(t.to("meta"), zero.expand(t.shape)), tree)
 
 
 def is_depthwise(conv: _ConvNd) -> bool:

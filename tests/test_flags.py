@@ -13,7 +13,7 @@ import gfbs_cifar
 import gfbs_imagenet
 import train
 from models import replace_head
-from models.residual import ResidualModel
+from models.gated import GatedModel
 from utils import selection
 from utils.data.batches import scoring_indices
 from utils.data.small import ImageBatches, load_data
@@ -99,7 +99,7 @@ def test_scoring_flags(trained, seen):
 def test_a_network_without_blocks_to_recompute_says_so_once(trained, seen, monkeypatch):
     argv = ["--steps", "2", "--step_epochs", "0", "--epochs", "0", "--checkpoint_activations"]
     run_gfbs(*argv, "--output", "blocks", "--checkpoint", str(trained))
-    monkeypatch.setattr(ResidualModel, "checkpoint_blocks", lambda self: [])
+    monkeypatch.setattr(GatedModel, "checkpoint_blocks", lambda self: [])
     run_gfbs(*argv, "--output", "none", "--checkpoint", str(trained))
     assert [options["checkpoint_activations"] for _, options in seen["saliency"]] == [True] * 4
     for output, count in ("blocks", 0), ("none", 1):
