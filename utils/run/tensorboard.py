@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -17,20 +17,15 @@ from utils.finetune import Epoch
 from utils.run.record import Record
 from utils.selection import GOALS
 
-FIRST = ("net", "criterion", *GOALS, "seed")  # columns of the HPARAMS tab
-
 
 class TensorBoardLog:
-    """TensorBoard files in ``logdir``, if any. What an earlier process drew from ``first_step`` on
-    is hidden.
+    """TensorBoard files in ``logdir``, if any. They hide older drawings from ``first_step`` on.
 
     Raises OSError if the files cannot be written from the start. If they cannot be written later,
     ``warn`` is called with one line, and the run continues without them.
     """
 
-    def __init__(
-        self, logdir: Path | None = None, first_step: int = 0, warn: Callable[[str], None] = print
-    ):
+    def __init__(self, logdir: Path | None = None, first_step: int = 0, warn: Callable = print):
         self.writer, self.warn, self._hook = None, warn, threading.excepthook
         if logdir:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,16 +73,35 @@ class TensorBoardLog:
             self._draw("add_histogram", f"saliency/{name}", scores.detach().cpu(), step)
 
     def draw_surgery(self, record: Record) -> None:
-        """Draw the channels that every group keeps, as one figure."""
-        figure, step = _bars(record.channels), len(record.history)
-        self._draw("add_image", "channels", figure, step, dataformats="HWC")
+        """Draw the channels that stay: a bar per group, filled as far as its channels are kept."""
+        row, bar, numbers = 16, 400, 80  # pixels
+        measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+        left = 8 + round(max(map(measure, record.channels)))
+        picture = Image.new("RGB", (left + bar + numbers, row * len(record.channels)), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, (name, width) in enumerate(record.channels.items()):
+            before, after = width["before"], width["after"]
+            top, bottom = row * i + 2, row * (i + 1) - 3
+            draw.text((4, top), name, "black")
+            draw.rectangle((left, top, left + bar, bottom), "lightgrey")
+            draw.rectangle((left, top, left + round(bar * after / before), bottom), "steelblue")
+            draw.text((left + bar + 8, top), f"{after} of {before}", "black")
+        pixels, step = np.asarray(picture), len(record.history)
+        self._draw("add_image", "channels", pixels, step, dataformats="HWC")
 
     def draw_config(self, config: Mapping[str, Any]) -> None:
-        """Show the configuration as a table."""
-        self._draw("add_text", "configuration", _table(("flag", "value"), config.items()))
+        """Show the configuration as a table in Markdown."""
+        rows = [f"| {flag} | {value} |" for flag, value in config.items()]
+        table = "\n".join(["| flag | value |", "| --- | --- |", *rows])
+        self._draw("add_text", "configuration", table)
 
     def draw_result(self, record: Record) -> None:
         """Fill the HPARAMS tab: the flags beside accuracy and cost."""
+        if self.writer is None:
+            return
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
         asked = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
             for name, value in record.config.items()
@@ -98,50 +112,18 @@ class TensorBoardLog:
         for name, cost in record.cost.items():
             metrics[name] = cost["after"] if isinstance(cost, Mapping) else cost
         results = {f"result/{name}": v for name, v in metrics.items() if v is not None}
-        if self.writer is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
-
-        goals = dict.fromkeys(GOALS, 0.0)  # each run has one of them, and all have the columns
-        columns, session = hparams({**goals, **asked}, results)[0], [*hparams(asked, results)[1:]]
+        _, *session = hparams(asked, results)
         if record.criterion:  # TensorBoard shows the columns of one run: not those of a baseline
-            session.append(_first_in_front(columns))
+            goals = dict.fromkeys(GOALS, 0.0)  # each run has one of them, and all have the columns
+            columns, *_ = hparams({**goals, **asked}, results)
+            plugin = columns.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(plugin.content)
+            first = ("net", "criterion", *GOALS, "seed")
+            for column in content.experiment.hparam_infos:
+                column.differs = column.name in first  # TensorBoard sorts by this, then by name
+            plugin.content = content.SerializeToString()
+            session.append(columns)
         for summary in session:
             self._draw("file_writer.add_summary", summary)
         for name, value in results.items():
             self._draw("add_scalar", name, value)
-
-
-def _table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table in Markdown."""
-    titles = list(titles)
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _first_in_front(columns: Any) -> Any:
-    """The summary of the columns, so marked that TensorBoard shows those of ``FIRST`` first."""
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    plugin = columns.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(plugin.content)
-    for column in content.experiment.hparam_infos:
-        column.differs = column.name in FIRST  # TensorBoard sorts by this, then by name
-    plugin.content = content.SerializeToString()
-    return columns
-
-
-def _bars(channels: Mapping[str, Mapping[str, int]]) -> np.ndarray:
-    """A picture (H, W, 3) uint8: a bar per group, filled as far as its channels are kept."""
-    row, bar, numbers = 16, 400, 80
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
-    left = 8 + round(max(map(measure, channels)))
-    picture = Image.new("RGB", (left + bar + numbers, row * len(channels)), "white")
-    draw = ImageDraw.Draw(picture)
-    for top, (name, width) in zip(range(0, picture.height, row), channels.items(), strict=True):
-        end = left + round(bar * width["after"] / width["before"])
-        draw.text((4, top + 2), name, "black")
-        draw.rectangle((left, top + 2, left + bar, top + row - 3), "lightgrey")
-        draw.rectangle((left, top + 2, end, top + row - 3), "steelblue")
-        draw.text((left + bar + 8, top + 2), f"{width['after']} of {width['before']}", "black")
-    return np.asarray(picture)
