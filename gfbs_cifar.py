@@ -34,18 +34,10 @@ from utils.distributed import seed_everything
 from utils.finetune import check_batch, fit, head_alone
 from utils.recipes import CIFAR_RECIPES
 from utils.run.baseline import check_classes, check_size, load_baseline
-from utils.run.callbacks import RunCallback, restore_files
-from utils.run.folder import RunFolder
-from utils.run.measure import (
-    measure_baseline,
-    measure_cut,
-    measure_end,
-    prune_checked,
-    recalibrate,
-)
-from utils.run.record import final_table
-from utils.run.rounds import Pruning
-from utils.run.state import RunState
+from utils.run.folder import RunCallback, RunFolder
+from utils.run.measure import measure_baseline, measure_cut, measure_end, prune_checked, recalibrate
+from utils.run.record import Record, final_table
+from utils.run.rounds import Pruning, RunState
 from utils.saliency import CRITERIA, Scoring, channel_saliency
 from utils.selection import check_goal, select
 
@@ -67,9 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return the content of result.json."""
     runtime = settings.runtime(args, args.bs, "--bs")
-    folder = settings.network_folder(args)
-    place, typed = args.checkpoint or args.output, bool(args.checkpoint)
-    baseline = load_baseline(place, folder, args.net, typed)
+    baseline = load_baseline(args.checkpoint, settings.network_folder(args), args.net, args.output)
     asked = settings.pruning(args, baseline.model, CIFAR_RECIPES)
     where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: data_identity(args.dataset, args.data_dir))
@@ -82,34 +72,31 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     check_size(baseline, args.image_size)
     per_norm = runtime.images_per_norm(args.bs // (args.accumulate or 1))
     check_batch(baseline.model, args.image_size, per_norm, "--bs")
-    check_goal(baseline.model, asked.goal, args.image_size)
     seed_everything(args.seed, args.deterministic)
     data = image_batches(images, about, args.bs, runtime, args.seed, settings.split(args))
-    with run.opened(about.classes):
-        run.log(constants)
-        state = run.resumed() or RunState(
-            copy.deepcopy(baseline.model), settings.new_record(args, asked)
-        )
-        return prune_in_rounds(run, state, data, asked, baseline)
+    record = settings.new_record(args, asked)
+    return prune_in_rounds(run, record, data, asked, baseline, constants)
 
 
 def prune_in_rounds(
-    run: RunFolder, state: RunState, data: Data, asked: Pruning, baseline: Checkpoint
+    run: RunFolder, record: Record, data: Data, asked: Pruning, baseline: Checkpoint, constants: str
 ) -> dict[str, Any]:
-    """Measure the baseline, prune ``state.model``, its copy, round by round, and return the content
-    of result.json.
-    """
-    if state.training is None:
-        measure_baseline(run, state, data, baseline.meta.get("config"))
-    run.check_space(state.model)
-    for number in range(state.round, len(asked.rounds)):  # a resumed run begins with its own round
-        state.round = number
-        prune_and_fine_tune(run, state, data, asked, baseline.model)
-        if asked.rounds[number].head:  # what is pruned from here on is another network
+    """Prune a copy of the baseline round by round, and return the content of result.json."""
+    check_goal(baseline.model, asked.goal, data.about.image_size)
+    with run.opened(data.about.classes):
+        run.log(constants)
+        state = run.resumed() or RunState(copy.deepcopy(baseline.model), record)
+        if state.training is None:
             measure_baseline(run, state, data, baseline.meta.get("config"))
-    measure_end(run, state, data)
-    run.log(f"\n{final_table(state.record)}\n")
-    return run.finish(state.record)
+        run.check_space(state.model)
+        for number in range(state.round, len(asked.rounds)):  # from the round that is resumed
+            state.round = number
+            prune_and_fine_tune(run, state, data, asked, baseline.model)
+            if asked.rounds[number].head:  # what is pruned from here on is another network
+                measure_baseline(run, state, data, baseline.meta.get("config"))
+        measure_end(run, state, data)
+        run.log(f"\n{final_table(state.record)}\n")
+        return run.finish(state.record)
 
 
 def prune_and_fine_tune(
@@ -133,15 +120,17 @@ def prune_and_fine_tune(
 
             # 2. Select: the plan keeps the most salient channels that meet this round's goal.
             goal, size = asked.goal.at(this.share), data.about.image_size
-            reach = partial(select, model, saliency, goal, size, record.size_before)
-            plan = runtime.on_main(lambda: reach(unpruned, run.log))
-            state.plan = state.plan.then(plan)
+            costs = {"gate_entries": record.gate_entries, **record.cost}
+            whole = {name: cost["before"] for name, cost in costs.items()}  # before any cut
+            reach = partial(select, model, saliency, goal, size, whole, unpruned, run.log)
+            plan = runtime.on_main(reach)
+            state.plan, record.held_at_floor = state.plan.then(plan), list(plan.held_at_floor)
 
             # 3. Cut: slice the other channels out of every layer that makes or reads them.
             # With --smooth, only measure that cut, on a copy: each round cuts its own part below.
             pruned = prune_checked(copy.deepcopy(model) if this.groups else model, plan, data)
             run.save_plan(state.plan)
-            measure_cut(run, state, (unpruned, pruned), plan, data, asked)
+            measure_cut(run, state, (unpruned, pruned), data, asked)
         if this.groups:
             if not record.shrunk & set(this.groups):
                 return  # the plan keeps this part whole, so there is no damage to repair
@@ -151,25 +140,18 @@ def prune_and_fine_tune(
             reset_parameters(model)
         if len(asked.rounds) > 1:
             cut = [name for name, width in group_widths(model).items() if width < widths[name]]
-            run.log(f"round {state.round + 1}/{len(asked.rounds)}: {this.in_words(cut)}")
+            what = f"cut {', '.join(cut)}" if cut else "nothing to cut"
+            what = "train the new classifier alone" if this.head else what
+            run.log(f"round {state.round + 1}/{len(asked.rounds)}: {what}")
 
     # 4. Fine-tune. The callback logs epochs and saves checkpoints; fit knows nothing of pruning.
     callback = RunCallback(run, state, data, asked.rounds)
-    if state.training is not None:
-        restore_files(run, state, callback)
+    callback.restore_files()
+    train, test = data.train, data.choosing
+    start = {"resume": state.training, "first_epoch": len(record.history) - len(state.epochs)}
     trainable = head_alone(model) if this.head else nullcontext()
     with trainable, run.signals.deferred():  # a signal stops after the batch; the state is saved
-        fit(
-            model,
-            data.train,
-            data.choosing,
-            this.recipe,
-            runtime,
-            callback=callback,
-            resume=state.training,
-            first_epoch=state.epochs_before,
-            teacher=unpruned,
-        )
+        fit(model, train, test, this.recipe, runtime, callback=callback, teacher=unpruned, **start)
     state.training = None
 
 

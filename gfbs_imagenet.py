@@ -11,7 +11,6 @@ OUTPUT/<net>/<criterion>_p<p>[_smooth]_seed<seed>, with every setting that is no
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ from utils.finetune import check_batch
 from utils.recipes import IMAGENET_RECIPES
 from utils.run.baseline import check_classes, load_baseline
 from utils.run.folder import RunFolder
-from utils.run.state import RunState
-from utils.selection import check_goal
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,11 +50,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune and fine-tune, and return what is in result.json. The method is in gfbs_cifar.py."""
     runtime = settings.runtime(args, args.train_bs, "--train_bs")
-    place, typed = args.checkpoint or args.output, bool(args.checkpoint)
-    baseline = load_baseline(place, settings.network_folder(args), args.net, typed)
-    args.image_size = args.image_size or baseline.meta.get("image_size", Crops.size)
+    baseline = load_baseline(args.checkpoint, settings.network_folder(args), args.net, args.output)
+    model, meta = baseline.model, baseline.meta
+    args.image_size = args.image_size or meta.get("image_size", Crops.size)
     args.defaults["image_size"] = Crops.size
-    asked = settings.pruning(args, baseline.model, IMAGENET_RECIPES)
+    asked = settings.pruning(args, model, IMAGENET_RECIPES)
     where = settings.run_folder(args, baseline)
     run = RunFolder(where, runtime, lambda: folder_identity(args.data_dir, ("val",)))
     if done := run.finished():
@@ -65,30 +62,25 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     train, val, classes = list_folders(Path(args.data_dir), ("val",))
     seed_everything(args.seed, args.deterministic)
     typed, usual = settings.normalisation(args), IMAGENET_NORMALISATION
-    constants, line = choose_normalisation(typed, baseline.meta, usual)
-    crops, source = Crops.for_baseline(args.image_size, baseline.meta), baseline.meta.get("source")
-    how = crops.resize, crops.interpolation, source
-    about = About(args.dataset, classes, args.image_size, constants, *how)
+    normalisation, constants = choose_normalisation(typed, meta, usual)
+    crops = Crops.for_baseline(args.image_size, meta)
+    how = crops.resize, crops.interpolation, meta.get("source")
+    about = About(args.dataset, classes, args.image_size, normalisation, *how)
     if args.new_head:
         try:
-            replace_head(baseline.model, len(classes))
+            replace_head(model, len(classes))
         except ValueError as error:
             raise InputError(f"--new_head: {error}") from error
     else:
         advice = "--new_head starts a fresh classifier for other classes"
         check_classes(baseline, about, f"--data_dir {args.data_dir}", advice)
-    model_cost(baseline.model, args.image_size)  # raises an error for images that are too small
+    model_cost(model, args.image_size)  # raises an error for images that are too small
     per_norm = runtime.images_per_norm(args.train_bs // (args.accumulate or 1))
-    check_batch(baseline.model, args.image_size, per_norm, "--train_bs")
-    check_goal(baseline.model, asked.goal, args.image_size)
+    check_batch(model, args.image_size, per_norm, "--train_bs")
     how = {"batch_size": args.train_bs, "seed": args.seed, "workers": args.workers}
-    batches = folder_batches(train, val, about, settings.split(args), runtime=runtime, **how)
-    with batches as data, run.opened(classes):
-        run.log(line)
-        state = run.resumed() or RunState(
-            copy.deepcopy(baseline.model), settings.new_record(args, asked)
-        )
-        return prune_in_rounds(run, state, data, asked, baseline)
+    with folder_batches(train, val, about, settings.split(args), runtime=runtime, **how) as data:
+        record = settings.new_record(args, asked)
+        return prune_in_rounds(run, record, data, asked, baseline, constants)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,9 @@ from utils.distributed import seed_everything
 from utils.errors import InputError
 from utils.finetune import check_batch, fit
 from utils.recipes import CIFAR_BASELINE
-from utils.run.callbacks import RunCallback, restore_files
-from utils.run.folder import RunFolder
+from utils.run.folder import RunCallback, RunFolder
 from utils.run.measure import measure_end
-from utils.run.rounds import Round
-from utils.run.state import RunState
+from utils.run.rounds import Round, RunState
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,29 +71,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         state.record.cost = vars(cost)
         size = f"{data.train.images} training images, {len(about.classes)} classes"
         run.log(f"{args.net} on {args.dataset}: {size}; {cost}; {runtime}\n{constants}")
-        if args.checkpoint:
-            run.adopt("model_best.pth")
         run.check_space(state.model)
         callback = RunCallback(run, state, data, [Round(recipe)])
-        if state.training:
-            restore_files(run, state, callback)
-        with run.signals.deferred():
-            fit(
-                state.model,
-                data.train,
-                data.choosing,
-                recipe,
-                runtime,
-                callback=callback,
-                resume=state.training,
-            )
+        callback.restore_files()
+        model, train, test = state.model, data.train, data.choosing
+        with run.signals.deferred():  # a signal stops after the batch; the state is saved
+            fit(model, train, test, recipe, runtime, callback=callback, resume=state.training)
         measure_end(run, state, data)
-        accuracy = state.record.accuracy
-        run.log(
-            f"top-1 accuracy on the test set: {accuracy['last']:.2f} % after the last epoch;"
-            f" {accuracy['best']:.2f} % after epoch {accuracy['best_epoch']},"
-            f" the best on {data.chosen_on}"
-        )
+        last, best, epoch = map(state.record.accuracy.get, ("last", "best", "best_epoch"))
+        chosen = f"{best:.2f} % after epoch {epoch}, the best on {data.chosen_on}"
+        run.log(f"top-1 accuracy on the test set: {last:.2f} % after the last epoch; {chosen}")
         return run.finish(state.record)
 
 

@@ -18,11 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils.cli.parser import run_script
-from utils.run import callbacks
+from utils.run.folder import RunCallback
 
 script, folder, *argv = sys.argv[1:]
 rank = os.environ["RANK"]
-call = callbacks.RunCallback.after_epoch
+call = RunCallback.after_epoch
 
 
 def tell(self, epoch, state):
@@ -33,7 +33,7 @@ def tell(self, epoch, state):
     torch.save(end, Path(folder) / f"rank{rank}.pt")
 
 
-callbacks.RunCallback.after_epoch = tell
+RunCallback.after_epoch = tell
 module = importlib.import_module(script)
 sys.argv = [f"{script}.py", *argv]
 sys.exit(run_script(module.parse_args, module.main))

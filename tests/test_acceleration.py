@@ -29,7 +29,7 @@ from utils.distributed import Acceleration, Runtime, seed_everything, select_run
 from utils.errors import InputError
 from utils.finetune import Trainer, evaluate, fit
 from utils.recipes import Recipe
-from utils.run.callbacks import RunCallback
+from utils.run.folder import RunCallback
 
 RECIPE = Recipe(epochs=2, lr=0.05, weight_decay=1e-4, milestones=(1,), gamma=0.2)
 FAST = [

@@ -110,7 +110,7 @@ def test_a_network_without_blocks_to_recompute_says_so_once(trained, seen, monke
 def test_result_tells_the_accuracies_apart(trained, monkeypatch, capsys):
     """Every evaluation gives another figure; each must turn up in its own place."""
     figures = iter([Metrics(1, 91, 99, 9), Metrics(1, 12, 52, 9)])
-    monkeypatch.setattr("utils.run.record.evaluate", lambda *args: next(figures))
+    monkeypatch.setattr("utils.run.measure.evaluate", lambda *args: next(figures))
     epochs = iter([Metrics(1, 63, 83, 9), Metrics(1, 77, 87, 9), Metrics(1, 77, 86, 9)])
     monkeypatch.setattr("utils.finetune.evaluate", lambda *args: next(epochs))
     result = run_gfbs("--epochs", "3", "--min_channels", "5", "--p", "0.95")

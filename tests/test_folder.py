@@ -78,7 +78,7 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from utils.run.lock import locked
+from utils.run.existing import locked
 with locked(Path(sys.argv[1])):
     if os.fork():
         sleep = "import time; time.sleep(100)"
@@ -102,7 +102,7 @@ def owner(trained):
 
 
 def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
+    monkeypatch.setattr("utils.run.existing.PATIENCE", 0)
     (trained / "result.json").unlink()  # an unfinished run
     before = snapshot(trained)
     for _ in range(2):  # the refused one leaves the owner's name
@@ -111,7 +111,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, mo
     assert snapshot(trained) == before
     owner.kill()
     owner.wait()
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 5)  # its fork may just have begun
+    monkeypatch.setattr("utils.run.existing.PATIENCE", 5)  # its fork may just have begun
     run_train("--resume")
     assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()
 
@@ -124,7 +124,7 @@ def test_a_folder_is_waited_for(trained, owner):
 
 @pytest.mark.parametrize("left", ["", "no json", '{"pid": 1, "host": "elsewhere"}'])
 def test_a_file_alone_blocks_nobody(trained, left, monkeypatch):
-    monkeypatch.setattr("utils.run.lock.PATIENCE", 0)
+    monkeypatch.setattr("utils.run.existing.PATIENCE", 0)
     (trained / "lock").write_text(left)
     run_train("--resume")
 

@@ -31,7 +31,7 @@ from utils.data.batches import About, random_stream
 from utils.data.folders import IMAGENET_NORMALISATION, Crops, FolderBatches, FolderImages
 from utils.errors import InputError
 from utils.run.baseline import check_classes
-from utils.run.callbacks import RunCallback
+from utils.run.folder import RunCallback
 from utils.saliency import channel_saliency
 from utils.surgery import prune
 

@@ -17,7 +17,7 @@ from helpers import COMMON, random_model, run_train, same_weights
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted
-from utils.run.callbacks import RunCallback
+from utils.run.folder import RunCallback
 
 ROOT = Path(__file__).parents[1]
 

@@ -83,7 +83,6 @@ def test_with_a_holdout_the_epochs_do_not_see_the_test_set(trained, monkeypatch,
         seen.append((batches.images, metrics.accuracy))
         return metrics
 
-    monkeypatch.setattr("utils.run.record.evaluate", spy)
     monkeypatch.setattr("utils.run.measure.evaluate", spy)
     monkeypatch.setattr("utils.finetune.evaluate", spy)
     options = ["--holdout", "5", "--epochs", "3", "--output", "held", "--checkpoint"]

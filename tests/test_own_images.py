@@ -21,7 +21,7 @@ from utils.cli import settings
 from utils.data.small import load_data
 from utils.finetune import fit, head_alone
 from utils.recipes import Recipe
-from utils.run.callbacks import RunCallback
+from utils.run.folder import RunCallback
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-images.md"
 SMALL = ["--device", "cpu", "--workers", "0"]

@@ -19,10 +19,9 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import settings
 from utils.distributed import Runtime
 from utils.errors import InputError
-from utils.run.callbacks import RunCallback
 from utils.run.existing import RunSettings, differences
-from utils.run.folder import RunFolder
-from utils.run.state import random_state, set_random_state
+from utils.run.folder import RunCallback, RunFolder
+from utils.run.rounds import random_state, set_random_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,7 +251,7 @@ def test_a_finished_run_without_its_files_is_restored_as_far_as_it_can_be(traine
     with pytest.raises(InputError, match="finished run without plan.json, pruned.pth, model_best"):
         run_gfbs("--p", "0.5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gfbs_cifar.restore_files", lambda *_: 1 / 0)
+        patch.setattr(RunCallback, "restore_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # stopped before it could be made again
             run_gfbs("--p", "0.5", "--resume")
     assert (run / "result.json").read_text() == result

@@ -46,7 +46,7 @@ from utils.errors import InputError
 from utils.files import writable, write_json
 from utils.finetune import Trainer
 from utils.recipes import CIFAR_BASELINE
-from utils.run.provenance import command_line, versions
+from utils.run.launch import command_line, versions
 from utils.saliency import channel_saliency
 from utils.selection import Goal, select
 from utils.surgery import prune as prune_network

@@ -21,8 +21,7 @@ from utils.cli.config import repeating
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.run import launch
-from utils.run.provenance import program
-from utils.run.signals import SIGNALS
+from utils.run.launch import SIGNALS, program
 
 KILLED = (
     "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"

@@ -18,7 +18,7 @@ from utils.recipes import CIFAR_COSINE, Cosine, Recipes
 from utils.run import launch, rounds
 from utils.run.existing import RunSettings
 from utils.run.record import Record
-from utils.run.rounds import Pruning
+from utils.run.rounds import Pruning, Round
 from utils.saliency import CRITERIA, Scoring
 from utils.selection import GOALS, Goal
 
@@ -80,16 +80,16 @@ def pruning(args: Namespace, model: nn.Module, published: Recipes) -> Pruning:
     elif args.smooth:
         way, method = rounds.smooth(model, recipes), "smooth"
     elif args.from_scratch:
-        way, method = rounds.from_scratch(recipes), "from scratch"
+        way, method = [Round(recipes.scratch, scores=True, fresh=True)], "from scratch"
     else:
-        way, method = rounds.one_shot(recipes), "one shot"
+        way, method = [Round(recipes.one_shot, scores=True)], "one shot"
     if getattr(args, "new_head", False):
-        way = (*rounds.new_head(recipes, args.head_epochs), *way)
+        way = [rounds.new_head(recipes, args.head_epochs), *way]
     batch = args.score_images, args.score_seed, args.checkpoint_activations
     scoring = Scoring(args.criterion, args.w_beta, *batch, args.seed)
     limits = args.min_channels, args.round_to, args.scope, args.latency_bs or 64
     goal = Goal(*_how_much(args), *limits)
-    return Pruning(scoring, goal, way, args.recalibrate, method)
+    return Pruning(scoring, goal, tuple(way), args.recalibrate, method)
 
 
 def _how_much(args: Namespace) -> tuple[str, float]:

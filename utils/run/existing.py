@@ -1,15 +1,21 @@
-"""What a folder holds already: a finished run, a run to continue, or another experiment."""
+"""What a folder holds already: a finished run, one to continue, another experiment, its owner."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import socket
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import InputError
@@ -23,6 +29,9 @@ RESULTS = ("plan.json", "pruned.pth", "model_best.pth", "last.pth", PREVIOUS, "r
 BEFORE = {"scope": "global", "min_channels": 1, "round_to": 1, "recalibrate": 0, "holdout": 0}
 # Flags whose default has changed, and what to type for the earlier one.
 EARLIER = {"channels_last": "--no_channels_last"}
+
+PATIENCE = 10  # seconds: an NFS server may notice late that an owner has died
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,9 @@ class RunSettings:
 def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str, Any] | None:
     """The result of a finished run of this configuration; None if there is work to do.
 
-    Raises InputError for a run of another configuration unless ``asked.overwrite`` replaces
-    it, and for an unfinished run unless ``asked.resume`` continues it. ``identity``, the rest of
-    the configuration, is called only if ``config`` is equal.
+    Raises InputError for a run of another configuration, unless ``asked`` replaces it, and for an
+    unfinished run, unless ``asked`` continues it. ``identity``, the rest of the configuration, is
+    called only if ``config`` is equal.
     """
     folder = asked.folder
     try:
@@ -57,8 +66,7 @@ def find_run(asked: RunSettings, config: Config, identity: Identity) -> dict[str
     keep = "--overwrite replaces it, another --output keeps both"
     earlier, result = read_dict(folder / "config.json"), read_dict(folder / "result.json")
     if earlier is None:
-        held = ", ".join(present)
-        raise InputError(f"{folder} holds {held} of an unknown configuration; {keep}")
+        raise InputError(f"{folder} holds {', '.join(present)} of an unknown configuration; {keep}")
     changed = differences(earlier, config) or differences(earlier, {**config, **identity()})
     if changed:
         instead = _extending(changed, folder / "last.pth")
@@ -102,43 +110,35 @@ def is_whole(path: Path) -> bool:
 def find_last(asked: RunSettings, config: Config) -> tuple[Path | None, Checkpoint | None]:
     """The checkpoint to continue, with its path: the one asked for, or else the newest that loads.
 
-    None if there is no file. InputError if none loads, or if it is of another configuration.
+    None if there is no file. Raises InputError if none can be continued, or if settings differ.
     """
     own = [asked.folder / "last.pth", asked.folder / PREVIOUS]
     paths = [asked.checkpoint] if asked.checkpoint else [path for path in own if path.exists()]
     for path in paths:
         try:
-            last = load_resumable(path, asked.net)
-            break
+            last = load_checkpoint(path, asked.net)
+            if not {"training", "config"} <= last.meta.keys():
+                raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
+            if "record" not in last.meta["training"]:
+                how = "has to finish it; or start it again with --overwrite"
+                raise InputError(f"{path}: an earlier version began this run and {how}")
         except InputError as error:
             if path == paths[-1]:
                 raise
             print(f"{error}; going on from the one before", file=sys.stderr)
-    else:
-        print("nothing to resume from: starting afresh")
-        return None, None
-    if changed := differences(last.meta["config"], config):
-        what = f"that run has another configuration ({changed})"
-        raise InputError(f"--resume: {what}{_extending(changed, path)}")
-    return path, last
-
-
-def load_resumable(path: Path, net: str) -> Checkpoint:
-    """Load a checkpoint; InputError if it does not hold everything that continuing takes."""
-    last = load_checkpoint(path, net)
-    if not {"training", "config"} <= last.meta.keys():
-        raise InputError(f"{path}: holds no optimiser to continue with; name a last.pth")
-    if "record" not in last.meta["training"]:
-        how = "has to finish it; or start it again with --overwrite"
-        raise InputError(f"{path}: an earlier version began this run and {how}")
-    return last
+            continue
+        if changed := differences(last.meta["config"], config):
+            what = f"that run has another configuration ({changed})"
+            raise InputError(f"--resume: {what}{_extending(changed, path)}")
+        return path, last
+    print("nothing to resume from: starting afresh")
+    return None, None
 
 
 def differences(earlier: Config, now: Config) -> str:
     """What differs between two configurations, in words; empty if nothing does.
 
-    A flag that one of them lacks has its value of ``BEFORE``, or is off. Identities of data are
-    compared only if both have one.
+    A flag that one of them lacks is as in ``BEFORE``, or off. Data are compared if both name some.
     """
 
     def value(config: Config, name: str) -> str:
@@ -152,3 +152,30 @@ def differences(earlier: Config, now: Config) -> str:
         for name in sorted(names)
         if value(earlier, name) != value(now, name)
     )
+
+
+def locked(folder: Path) -> AbstractContextManager:
+    """Take the kernel's lock on the file ``lock`` in a folder; it ends with context or process.
+
+    The file names its last owner. It is never removed: without a lock on it, it blocks nobody.
+    Raises InputError, with the owner's name, if another process holds the lock.
+    """
+    lock = FileLock(folder / "lock", fallback_to_soft=False, on_acquired=_sign)
+    try:
+        return lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        owner = "another process"
+        with suppress(OSError, ValueError):  # the owner has not written its name yet
+            owner = "process {pid} on {host}".format(**json.loads(Path(lock.lock_file).read_text()))
+        how = "wait for it, or choose another --output"
+        raise InputError(f"{folder} is in use by {owner}; {how}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        why = f"is on a file system without locks ({error.strerror})"
+        raise InputError(f"{folder} {why}; choose another --output") from error
+
+
+def _sign(handle: int) -> None:
+    os.truncate(handle, 0)
+    os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

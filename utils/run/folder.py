@@ -1,33 +1,32 @@
-"""The folder of one run: its configuration, log, checkpoints and results."""
+"""The folder of one run, and the callback that fills it while the network trains."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.data.batches import Data
 from utils.data.listing import class_digest
 from utils.distributed import Runtime
 from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, writable, write_bytes, write_json, write_text
+from utils.finetune import Callback, Epoch
 from utils.pruning import PruningPlan
 from utils.run import existing, launch
-from utils.run.existing import RunSettings, find_last, find_run, load_resumable
-from utils.run.lock import locked
-from utils.run.provenance import command_line, program, python, versions
+from utils.run.existing import RunSettings, find_last, find_run, locked
+from utils.run.launch import SIGNALS, command_line, versions
 from utils.run.record import Record
-from utils.run.signals import SIGNALS
-from utils.run.state import RunState, place_of
+from utils.run.rounds import Round, RunState, place_of
 from utils.run.tensorboard import TensorBoardLog
 
 
@@ -35,49 +34,49 @@ class RunFolder:
     """Writes everything that a run writes, and never over another experiment.
 
     This process owns the folder within ``with folder.opened(...)``. There, a signal stops the run
-    at once, except in ``signals.deferred``. Only rank 0 writes; on other ranks the methods that
-    write do nothing. Rank 0 alone calls ``identity``, which tells data apart in the configuration.
+    at once, except in ``signals.deferred``. Only rank 0 writes, and only rank 0 calls ``identity``,
+    which tells data apart in the configuration.
     """
 
     def __init__(self, settings: RunSettings, runtime: Runtime, identity: existing.Identity = dict):
-        self.settings, self.folder, self.identity = settings, settings.folder, identity
-        self.config, self.runtime = dict(settings.config), runtime
+        self.settings, self.runtime, self.identity = settings, runtime, identity
+        self.folder, self.config = settings.folder, dict(settings.config)
         self.signals, self.board, self._opened = SIGNALS, TensorBoardLog(), ExitStack()
         self._log, self._saved = None, False
         self._last: Checkpoint | None = None
-        self._earlier = settings.repeats and existing.read_dict(settings.repeats) or {}
         self._began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
         """What ``find_run`` returns, or raises, on every rank."""
-        asked = self.settings
-        return self.runtime.on_main(lambda: find_run(asked, self.config, self.identity))
+        return self.runtime.on_main(lambda: find_run(self.settings, self.config, self.identity))
 
     @contextmanager
     def opened(self, classes: Sequence[str]) -> Iterator[RunFolder]:
         """Take the folder for this process; the classes become part of the configuration.
 
-        Raises InputError, on every rank, if another process has the folder or if it cannot be
-        written.
+        Raises InputError, on every rank, if another process has it or if it cannot be written.
         """
         self.config["classes"] = class_digest(classes)
         self.config |= self.runtime.on_main(self.identity)
+        repeats = self.settings.repeats
+        earlier = existing.read_dict(repeats) if repeats else None  # before it is overwritten
         with self._opened:
             path = self.runtime.on_main(self._open)
             if path and self._last is None:  # another rank than 0: load the file that rank 0 chose
-                self._last = load_resumable(path, self.settings.net)
+                self._last = load_checkpoint(path, self.settings.net)
             self._opened.enter_context(self.signals.handled())
             self.log(f"$ {command_line()}")
             if how := os.environ.get(launch.STARTED):
                 self.log(how)
-            if path := self.settings.repeats:
-                changed = existing.differences(self._earlier, self.config)
-                self.log(f"repeats {path}{changed and f', but for {changed}'}")
+            if repeats:
+                changed = existing.differences(earlier or {}, self.config)
+                self.log(f"repeats {repeats}" + (f", but for {changed}" if changed else ""))
             self.board.draw_config(self.config)
             try:
                 yield self
             except Interrupted as stop:
-                stop.resume_with = self._resume_line()
+                only_now = "--checkpoint" if self.settings.checkpoint else ""
+                stop.resume_with = launch.resume_line(only_now, self.runtime.world_size)
                 raise
 
     def _open(self) -> Path | None:
@@ -93,8 +92,8 @@ class RunFolder:
         if asked.resume:
             path, self._last = found or find_last(asked, self.config)
         with writable(asked.logdir, "--logdir"):
-            done = self._last and len(self._last.meta["training"]["record"]["history"])
-            self.board = TensorBoardLog(asked.logdir, 0 if done is None else done + 1, self.log)
+            first = len(self._last.meta["training"]["record"]["history"]) + 1 if self._last else 0
+            self.board = TensorBoardLog(asked.logdir, first, self.log)
             self._opened.callback(self.board.close)
         with writable(self.folder, "--output"):
             # Without a buffer: closing it writes nothing more to a full disk.
@@ -110,33 +109,21 @@ class RunFolder:
         """The state to continue from; None if the run starts."""
         if self._last is None:
             return None
-        state = RunState.from_checkpoint(self._last)
-        self._began -= state.seconds  # the time that earlier processes spent counts, too
-        saved = self._last.meta["training"]
+        state, saved = RunState.from_checkpoint(self._last), self._last.meta["training"]
+        self._began -= saved["seconds"]  # the time that earlier processes spent counts, too
         batches = f" and {saved['batch']} batches" if saved["batch"] else ""
         self.log(f"continues after epoch {saved['epoch']}{batches} of round {state.round + 1}")
         for what, now in place_of(self.runtime).items():
             before = saved["place"].get(what, now)
             if before != now:
-                self.log(
-                    f"warning: {before} {what} began this run and {now} continue it;"
-                    " it will not end with the same bits"
-                )
+                why = "it will not end with the same bits"
+                self.log(f"warning: {before} {what} began this run and {now} continue it; {why}")
+        if self.settings.checkpoint:  # it brings the model_best.pth that lies beside it
+            best = self.settings.checkpoint.with_name("model_best.pth")
+            own = self.folder / best.name
+            if best.is_file() and not own.exists():
+                self._write(write_bytes, own, best.read_bytes())
         return state
-
-    def _resume_line(self) -> str:
-        """The command that continues this run, from this folder."""
-        only_now = "--checkpoint" if self.settings.checkpoint else ""
-        if self.runtime.world_size > 1 and launch.ROOT_CAUSE not in os.environ:
-            without = f" without {only_now}" if only_now else ""
-            return f"the same torchrun command{without} and --resume"
-        words, rest = [], iter(sys.argv[1:])
-        for word in rest:
-            if word == only_now:
-                next(rest, None)  # its value
-            elif word.partition("=")[0] not in ("--resume", "-r", "--overwrite", only_now):
-                words.append(word)
-        return shlex.join([python(), *program(), *words, "--resume"])
 
     def _write(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call ``write`` on rank 0. If it cannot write, end the run with one line."""
@@ -145,10 +132,8 @@ class RunFolder:
         try:
             write(*args, **options)
         except OSError as error:
-            raise RunError(
-                f"{self.folder} cannot be written any more ({error}); the checkpoints that are"
-                " there are whole: make room and continue with --resume"
-            ) from error
+            how = "the checkpoints that are there are whole: make room and continue with --resume"
+            raise RunError(f"{self.folder} cannot be written any more ({error}); {how}") from error
 
     def log(self, text: str) -> None:
         """Print, and keep in log.txt."""
@@ -166,10 +151,7 @@ class RunFolder:
         self._write(save_checkpoint, self.folder / name, model, config=self.config, **meta)
 
     def save_last(self, state: RunState, training: Mapping[str, Any], **meta: Any) -> None:
-        """Write last.pth; ``training`` is the state of ``fit``.
-
-        The last.pth before it, if this process wrote that, stays as last_previous.pth.
-        """
+        """Write last.pth, with the state of ``fit``, and keep the one that we wrote before it."""
         meta["previous"] = self.folder / existing.PREVIOUS if self._saved else None
         seconds = time.perf_counter() - self._began
         meta["training"] = state.to_save(training, self.runtime, seconds)
@@ -178,24 +160,13 @@ class RunFolder:
 
     def check_space(self, model: nn.Module) -> None:
         """Raise InputError if the disk has no room for the checkpoints of a run."""
-        # Weights, momentum and with --ema other weights, in last.pth, in last_previous.pth and in a
-        # temporary file.
-        need = (
-            3
-            * (3 if self.config.get("ema") else 2)
-            * sum(tensor.nbytes for tensor in model.state_dict().values())
-        )
+        # Three files (last.pth, last_previous.pth and a temporary one) hold weights, momentum and,
+        # with --ema, a second set of weights.
+        tensors = 3 if self.config.get("ema") else 2
+        need = 3 * tensors * sum(tensor.nbytes for tensor in model.state_dict().values())
         if self.runtime.is_main and (free := shutil.disk_usage(self.folder).free) < need:
-            raise InputError(
-                f"{self.folder}: {free / 1e6:.0f} MB are free and the checkpoints need"
-                f" {need / 1e6:.0f}; make room, or see --output"
-            )
-
-    def adopt(self, name: str) -> None:
-        """Copy a file that lies beside the checkpoint of the settings, unless the run has it."""
-        source, target = self.settings.checkpoint.with_name(name), self.folder / name
-        if source.is_file() and not target.exists():
-            self._write(write_bytes, target, source.read_bytes())
+            short = f"{free / 1e6:.0f} MB are free and the checkpoints need {need / 1e6:.0f}"
+            raise InputError(f"{self.folder}: {short}; make room, or see --output")
 
     def finish(self, record: Record) -> dict[str, Any]:
         """Complete the record, write it as result.json, and return its content."""
@@ -207,3 +178,86 @@ class RunFolder:
         took = timedelta(seconds=round(record.wall_time_seconds))
         self.log(f"took {took}; results in {self.folder}")
         return result
+
+
+class RunCallback(Callback):
+    """Records one round of training, saves its state and its best network, and obeys signals."""
+
+    def __init__(self, run: RunFolder, state: RunState, data: Data, rounds: Sequence[Round]):
+        self.run, self.state, self.runtime = run, state, run.runtime
+        self.meta, self.chosen_on = data.about.metadata(), data.chosen_on
+        self.epochs = rounds[state.round].recipe.epochs
+        self.keep_best = state.round == len(rounds) - 1  # only its network has every cut
+        shrunk = state.record.shrunk
+        train = (r for r in rounds if r.groups is None or shrunk & set(r.groups))
+        self.total_epochs = sum(r.recipe.epochs for r in train)  # to estimate the time left
+        self.began, self.done_before = time.perf_counter(), len(state.record.history)
+
+    def after_batch(self, batch: int, training: Callable[[], dict[str, Any]]) -> None:
+        every = self.run.settings.checkpoint_every
+        signum = self.runtime.most(self.run.signals.received)  # so all ranks stop here
+        if signum or (every and batch % every == 0):
+            self._save_last(training())
+        if signum:
+            raise Interrupted(signum, f"stopped after batch {batch}")
+
+    def while_evaluating(self, training: Callable[[], dict[str, Any]]) -> None:
+        if self.run.signals.received:
+            self._save_last(training())
+            raise Interrupted(self.run.signals.received, "stopped in the evaluation")
+
+    def after_epoch(self, epoch: Epoch, training: Callable[[], dict[str, Any]]) -> None:
+        history = self.state.record.history
+        which = {"round": self.state.round + 1, "tested_on": self.chosen_on}
+        history.append({**asdict(epoch), **which})
+        done = len(history)
+        pace = (time.perf_counter() - self.began) / (done - self.done_before)
+        left = timedelta(seconds=round(pace * (self.total_epochs - done)))
+        self.run.log(
+            f"epoch {epoch.number}/{self.epochs}  lr {epoch.lr:.4g}"
+            f"  train {epoch.train.loss:.3f} {epoch.train.accuracy:.2f} %"
+            f"  {self.chosen_on} {epoch.test.loss:.3f} {epoch.test.accuracy:.2f} %"
+            f"  {epoch.images_per_second:.0f} images/s  {left} left"
+        )
+        if self.keep_best and self.state.best == epoch:
+            self._save_best(epoch)
+        self._save_last(training())
+        self.run.board.draw_epoch(epoch, done, self.chosen_on)
+        if signum := self.runtime.most(self.run.signals.received):
+            raise Interrupted(signum, f"stopped after epoch {epoch.number}")
+
+    def restore_files(self) -> None:
+        """Write missing files of a resumed run again where last.pth suffices, and name the others.
+
+        Raises InputError without the model_best.pth of a run with a holdout: its result needs it.
+        """
+        run, state, lost = self.run, self.state, []
+        if state.training is None:  # not resumed
+            return
+        if state.record.rounds:
+            if not existing.is_whole(run.folder / "plan.json"):
+                run.save_plan(state.plan)
+            if not existing.is_whole(run.folder / "pruned.pth"):
+                lost.append("pruned.pth")
+        best = run.folder / "model_best.pth"
+        if self.keep_best and state.epochs and not existing.is_whole(best):
+            if state.best == state.epochs[-1] and not state.training["batch"]:
+                self._save_best(state.best)
+            elif self.chosen_on == "holdout":
+                raise InputError(f"{best} is missing; put it back, or start again with --overwrite")
+            else:
+                lost.append(best.name)
+        if lost:
+            run.log(f"warning: {' and '.join(lost)} cannot be written again: lost")
+
+    def _save_best(self, epoch: Epoch) -> None:
+        """Write model_best.pth after this epoch."""
+        about = {"accuracy": epoch.test.accuracy, "tested_on": self.chosen_on}
+        about |= {"epoch": epoch.number, "chosen": f"best on {self.chosen_on}"}
+        self.run.save("model_best.pth", self.state.model, **self.meta, **about)
+
+    def _save_last(self, training: dict[str, Any]) -> None:
+        epochs = self.state.epochs
+        about = {"accuracy": epochs[-1].test.accuracy if epochs else None}
+        about |= {"tested_on": self.chosen_on, "epoch": training["epoch"]}
+        self.run.save_last(self.state, training, **self.meta, **about)

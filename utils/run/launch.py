@@ -1,28 +1,33 @@
-"""Start a script once per GPU, by torch's elastic launcher: torchrun without typing it."""
+"""Processes: one per GPU, the signals that stop them, their exit codes, and how to start again."""
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from utils.distributed import Runtime, find_devices
-from utils.errors import InputError
-from utils.run.signals import ONE_SIGNAL
+from utils.errors import InputError, Interrupted
 
-# In the environment of the processes: a line for the log, and where the first failed rank leaves
-# its exit code.
+# In the environment: a line for the log, and where the first failed rank leaves its exit code.
 STARTED, ROOT_CAUSE = "GFBS_STARTED", "GFBS_ROOT_CAUSE"
 PATIENCE = 600  # seconds after a signal until SIGKILL; ranks finish a batch and save a checkpoint
+ONE_SIGNAL = 1  # seconds in which a second signal is the same one, delivered twice
 
 
 def processes(
@@ -30,13 +35,9 @@ def processes(
 ) -> tuple[int, str]:
     """How many processes share every batch, and a line for the log.
 
-    With ``gpus``, each of these GPUs has one. Without, as many of the visible GPUs as the batch
-    divides by. On a CPU, there are ``wanted`` processes. In a process that is a rank already: 1.
-
-    Args:
-        device, gpus, wanted: --device, --gpu and --processes.
-        batch, flag: images in a batch, and the flag that says so.
-        parts: --accumulate.
+    Each of ``gpus`` has one; without, as many of the visible GPUs as the batch divides by. On a CPU
+    there are ``wanted`` processes. In a process that is a rank already: 1. ``flag`` says how many
+    images are in a ``batch``, and --accumulate how many ``parts`` it has.
     """
     if "WORLD_SIZE" in os.environ:
         if wanted and ROOT_CAUSE not in os.environ:
@@ -75,20 +76,19 @@ def start(command: Sequence[str], ranks: int) -> int:
 
     logging.disable()  # the launcher's report of a failure: the rank has said why it fails
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     with tempfile.TemporaryDirectory() as folder:
         os.environ[ROOT_CAUSE] = cause = f"{folder}/root_cause"
-        size = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0}
-        meet = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-        logs = {"run_id": "gfbs", "logs_specs": DefaultLogsSpecs(folder)}
-        names = {field.name for field in fields(LaunchConfig)}
-        # torch 2.8 handles the other signals in any case, and kills after 30 seconds.
-        end = {"signals_to_handle": "SIGQUIT"} if "signals_to_handle" in names else {}
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
-        config = LaunchConfig(**size, **meet, **end, **logs)
+        config = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0}
+        config |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "gfbs"}
+        config |= {"local_addr": "localhost", "logs_specs": DefaultLogsSpecs(folder)}
+        # torch 2.8 has no such field: it handles the others, too, and kills after 30 seconds.
+        if hasattr(LaunchConfig, "signals_to_handle"):
+            config["signals_to_handle"] = "SIGQUIT"
         try:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, stop)
-            elastic_launch(config, sys.executable)(*command)
+            elastic_launch(LaunchConfig(**config), sys.executable)(*command)
         except SignalException as error:
             return 128 + (received[0][0] if received else error.sigval)
         except ChildFailedError as error:
@@ -102,9 +102,8 @@ def start(command: Sequence[str], ranks: int) -> int:
 
 
 def end(code: int) -> int:
-    """Return the exit code of a script. A rank that ``start`` has started ends here instead.
-
-    Otherwise threads of torch can abort it while it tidies up, and its exit code is lost.
+    """Return the exit code of a script. A rank of ``start`` ends here instead: threads of torch can
+    abort a Python that tidies up, and the code would be lost.
     """
     if ROOT_CAUSE in os.environ and "WORLD_SIZE" in os.environ:
         for stream in (sys.stdout, sys.stderr):
@@ -115,15 +114,112 @@ def end(code: int) -> int:
 
 
 def is_root_cause(code: int) -> bool:
-    """Whether this process should say why it ends: no other rank has failed before it.
-
-    Always true where ``start`` has not started the ranks.
-    """
+    """Whether this process should say why it ends: no other rank of ``start`` has failed before."""
     try:
         # A link, unlike a file, is there as a whole or not at all, also on a full disk.
         os.symlink(str(code), os.environ[ROOT_CAUSE])
     except FileExistsError:
         return False
     except (KeyError, OSError):
-        return True
+        pass  # no rank of ``start``, or nowhere to write
     return True
+
+
+class Signals:
+    """SIGINT and SIGTERM: they raise ``Interrupted`` or, in ``deferred``, only set ``received``."""
+
+    def __init__(self):
+        self.received = 0  # number of the first signal; 0 before it
+        self._since, self._deferring = 0.0, False  # since when, by time.monotonic
+        self._afterwards: dict[int, object] = {}  # the handlers after the context
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the signals in this context. One within it, or in a thread, changes nothing."""
+        if self._afterwards or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.received = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._afterwards[signum] = signal.signal(signum, self._handle)
+        try:
+            yield
+        finally:
+            for signum, handler in self._afterwards.items():
+                signal.signal(signum, handler)
+            self._afterwards.clear()
+
+    def ignore_afterwards(self) -> None:
+        """Ignore signals after ``handled``: they would change the exit code of what has ended."""
+        self._afterwards = dict.fromkeys(self._afterwards, signal.SIG_IGN)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In this context a first signal only sets ``received``; a second one stops at once."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            if time.monotonic() - self._since > ONE_SIGNAL:
+                os._exit(128 + signum)
+            return
+        # Set in any case: Python swallows exceptions in __del__, and then the loop checks this.
+        self.received, self._since = signum, time.monotonic()
+        if not self._deferring:
+            raise Interrupted(signum)
+        if os.environ.get("RANK", "0") == "0":
+            what = "stopping after this batch; once more to stop at once"
+            print(what, file=sys.stderr, flush=True)
+
+
+SIGNALS = Signals()  # the only one of the process
+
+
+def program() -> list[str]:
+    """How this process was started: the path of a script, or ``-m`` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+
+
+def python() -> str:
+    """The command that starts this Python: "python" if the PATH leads to it, else its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return sys.executable if near.startswith(os.pardir) else near
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return shlex.join(["python", *program(), *sys.argv[1:]])
+
+
+def resume_line(only_now: str, ranks: int) -> str:
+    """The command that continues this run from its folder, without the flag ``only_now``."""
+    if ranks > 1 and ROOT_CAUSE not in os.environ:
+        without = f" without {only_now}" if only_now else ""
+        return f"the same torchrun command{without} and --resume"
+    words, rest = [], iter(sys.argv[1:])
+    for word in rest:
+        if word == only_now:
+            next(rest, None)  # its value
+        elif word.partition("=")[0] not in ("--resume", "-r", "--overwrite", only_now):
+            words.append(word)
+    return shlex.join([python(), *program(), *words, "--resume"])
+
+
+def versions() -> dict[str, str | int | None]:
+    """Of the software; the commit is None without git, and outside a repository."""
+    folder = Path(__file__).parents[2] / ".git"
+    command = ["git", f"--git-dir={folder}", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    known = {"commit": commit, "python": platform.python_version()}
+    known |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return known | {"torchvision": version("torchvision")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,47 +13,44 @@ from torch.optim.swa_utils import update_bn
 
 from models import GatedModel, structure
 from utils.checkpoint import load_checkpoint
-from utils.cost import Latency, latency
+from utils.cost import Latency, latency, model_cost
 from utils.data.batches import Batches, Data
 from utils.errors import RunError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.run.folder import RunFolder
-from utils.run.record import KINDS, Json, Measurement
-from utils.run.rounds import Pruning
-from utils.run.state import RunState
-from utils.selection import Goal
+from utils.run.record import Json
+from utils.run.rounds import Pruning, RunState
 from utils.surgery import first_difference, prune
 
 
 def measure_baseline(run: RunFolder, state: RunState, data: Data, made_by: Json | None) -> None:
-    """Evaluate the network before any cut.
-
-    ``made_by`` is the configuration of the run that made it, if its file holds one.
-    """
-    before, record = Measurement.of(state.model, data, run.runtime), state.record
-    run.log(f"baseline: {record.net} on {record.dataset}, {before}; {run.runtime}")
-    chance = 1 / structure(state.model).num_classes
-    deviation = math.sqrt(chance * (1 - chance) / before.metrics.images)
-    at_chance = before.metrics.accuracy <= 100 * (chance + 2 * deviation)
-    if at_chance and not run.config.get("new_head"):
-        run.log(
-            "warning: the baseline is at chance on this data; is it the data it was trained on?"
-            " see --mean and --std"
-        )
+    """Evaluate the network before any cut; ``made_by`` is its run's configuration, if known."""
+    model, record, known = state.model, state.record, structure(state.model)
+    cost = model_cost(model, data.about.image_size)
+    found = evaluate(model, data.test, run.runtime)
+    run.log(f"baseline: {record.net} on {record.dataset}, {cost}, {found}; {run.runtime}")
+    chance = 1 / known.num_classes
+    deviation = math.sqrt(chance * (1 - chance) / found.images)
+    if found.accuracy <= 100 * (chance + 2 * deviation) and not run.config.get("new_head"):
+        doubt = "is it the data it was trained on? see --mean and --std"
+        run.log(f"warning: the baseline is at chance on this data; {doubt}")
     if run.config["holdout"] > (made_by or {}).get("holdout", 0):
         run.log("warning: the baseline was trained on images that are held out here")
-    for note in structure(state.model).notes:
+    for note in known.notes:
         run.log(f"note: {note}")
-    record.begin_pruning(before, made_by)
+    record.baseline = {"config": made_by}
+    record.gate_entries, record.channels, record.held_at_floor, record.rounds = {}, {}, [], []
+    record.note_accuracy("baseline", found)
+    for when in ("before", "after"):
+        record.note_size(when, model, cost)
 
 
 def prune_checked(model: nn.Module, plan: PruningPlan, data: Data) -> nn.Module:
     """Prune ``model`` in place and return it.
 
-    The groups of a network without gates are read off its forward pass. So nobody has to trust
-    them: there the pruned network is compared with the masked one on eight training images.
-    Raises RunError, with the first layer that differs.
+    Groups that were read off a forward pass are not trusted: the pruned network is compared with
+    the masked one on eight training images. Raises RunError, with the first layer that differs.
     """
     if isinstance(model, GatedModel):
         return prune(model, plan)
@@ -61,56 +59,49 @@ def prune_checked(model: nn.Module, plan: PruningPlan, data: Data) -> nn.Module:
     layer = first_difference(masked, prune(model, plan), images)
     if layer is not None:
         known = structure(model)
-        raise RunError(
-            f"{known.net}: the pruned network differs from the masked one, first in {layer}; its"
-            f" forward pass cannot be followed{''.join(f'; {note}' for note in known.notes)}"
-        )
+        what = f"the pruned network differs from the masked one, first in {layer}"
+        why = "; ".join(["its forward pass cannot be followed", *known.notes])
+        raise RunError(f"{known.net}: {what}; {why}")
     return model
 
 
 def measure_cut(
-    run: RunFolder,
-    state: RunState,
-    networks: tuple[nn.Module, nn.Module],
-    plan: PruningPlan,
-    data: Data,
-    asked: Pruning,
+    run: RunFolder, state: RunState, networks: Sequence[nn.Module], data: Data, asked: Pruning
 ) -> None:
-    """Evaluate and time a network right after surgery, and save it as pruned.pth.
+    """Evaluate and time ``networks``, unpruned and pruned, and save the pruned one as pruned.pth.
 
-    ``networks`` are the unpruned and the pruned one. With ``asked.recalibrate``, the pruned one is
-    recalibrated on so many batches, and evaluated once more.
+    With ``asked.recalibrate``, it is recalibrated on so many batches, and evaluated once more.
     """
-    _, pruned = networks
-    after, recalibrated = Measurement.of(pruned, data, run.runtime), None
-    times = run.runtime.on_main(lambda: time_of(networks, data.about.image_size, asked.goal))
-    run.log(f"after surgery: {after}; {times[-1].share:.0%} of the time")
-    state.record.note_time(times)
-    count = asked.recalibrate
-    if count:
-        recalibrate(pruned, data.train, count)
-        recalibrated = evaluate(pruned, data.test, run.runtime)
-        run.log(f"recalibrated on {count} batches: {recalibrated}")
-    state.record.add_cut(plan, after, recalibrated)
-    accuracy = (recalibrated or after.metrics).accuracy
-    run.save("pruned.pth", pruned, **data.about.metadata(), accuracy=accuracy)
-    run.board.draw_surgery(state.record)
+    (_, pruned), record, goal = networks, state.record, asked.goal
+    size = data.about.image_size
 
+    def time_of(batch: int) -> Latency:
+        return run.runtime.on_main(lambda: latency(networks, size, batch, turns=3))
 
-def time_of(networks: tuple[nn.Module, nn.Module], size: int, goal: Goal) -> list[Latency]:
-    """The time of one image, and of a batch if that is quick, or if the goal is its time."""
-    times = [latency(networks, size, 1, turns=3)]
-    if goal.kind == "latency" or goal.batch * times[0].before <= 1:
-        times.append(latency(networks, size, goal.batch, turns=3))
-    return times
+    cost = model_cost(pruned, size)
+    found = evaluate(pruned, data.test, run.runtime)
+    times = [time_of(1)]
+    if goal.kind == "latency" or goal.batch * times[0].before <= 1:  # seconds
+        times.append(time_of(goal.batch))
+    run.log(f"after surgery: {cost}, {found}; {times[-1].share:.0%} of the time")
+    record.latency = {str(time.batch): time.in_ms() for time in times}
+    record.note_accuracy("after_surgery", found)
+    record.note_size("after", pruned, cost)
+    record.ratio["reached"] = 1 - record.gate_entries["after"] / record.gate_entries["before"]
+    cut = {"ratio": record.ratio["reached"], **vars(cost), "after_surgery": found.accuracy}
+    if asked.recalibrate:
+        recalibrate(pruned, data.train, asked.recalibrate)
+        found = evaluate(pruned, data.test, run.runtime)
+        run.log(f"recalibrated on {asked.recalibrate} batches: {found}")
+        record.note_accuracy("recalibrated", found)
+    cut["recalibrated"] = found.accuracy if asked.recalibrate else None
+    record.rounds.append(cut)
+    run.save("pruned.pth", pruned, **data.about.metadata(), accuracy=found.accuracy)
+    run.board.draw_surgery(record)
 
 
 def recalibrate(model: nn.Module, train: Batches, count: int) -> None:
-    """Estimate BatchNorm's running statistics anew; the weights stay.
-
-    They become plain averages over the first ``count`` batches of the first epoch. With a count of
-    0, nothing changes.
-    """
+    """Replace BatchNorm's running statistics by averages over the first ``count`` batches."""
     if count:
         train.set_epoch(0)
         update_bn(itertools.islice(train, count), model)
@@ -121,16 +112,14 @@ def measure_end(run: RunFolder, state: RunState, data: Data) -> None:
 
     With a holdout, the epochs were compared on the holdout; the test set is read once, here.
     """
-    record, number = state.record, state.round + 1
-    epochs, best = record.epochs(number), record.best(number)
+    record, epochs, best = state.record, state.epochs, state.best
     record.note_end(epochs[-1].test if epochs else None, best and best.test, best and best.number)
     if epochs and data.holdout is not None:
         names = ("last", "best", "best_epoch")
-        found = {kind: {name: getattr(record, kind)[name] for name in names} for kind in KINDS}
-        record.holdout = {"images": data.holdout.images, **found}
-        path = run.folder / "model_best.pth"
-        file = run.runtime.main_first(
-            lambda: load_checkpoint(path, run.settings.net)
-        )  # rank 0 has written it
+        accuracy = {name: record.accuracy[name] for name in names}
+        top5 = {name: record.top5[name] for name in names}
+        record.holdout = {"images": data.holdout.images, "accuracy": accuracy, "top5": top5}
+        path = run.folder / "model_best.pth"  # rank 0 has written it
+        file = run.runtime.main_first(lambda: load_checkpoint(path, run.settings.net))
         last, best = (evaluate(m, data.test, run.runtime) for m in (state.model, file.model))
         record.note_end(last, best, file.meta["epoch"])
