@@ -194,7 +194,7 @@ def many_images(monkeypatch, before, count=20_000):
 
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(small, "list_folders", lambda *_: (samples, samples[:1], ["cat", "dog"]))
-    monkeypatch.setattr(small, "read_image", read_image)
+    monkeypatch.setattr(folders, "read_image", read_image)
     return reads
 
 

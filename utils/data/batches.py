@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
@@ -70,22 +69,20 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class LoaderBatches:
-    """``Batches`` of a DataLoader over (image, label); a run cannot be resumed on it."""
+class LoaderBatches(Batches):
+    """The batches of a DataLoader over (image, label); a run cannot be resumed on them."""
 
     loader: DataLoader
     device: torch.device
 
     @property
     def images(self) -> int:
-        """How many there are."""
         return len(self.loader.dataset)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """The loader draws its own order."""
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Batches``."""
         images, labels = default_collate([self.loader.dataset[i] for i in indices.tolist()])
         return images.to(self.device), labels.to(self.device)
 
@@ -97,10 +94,10 @@ class LoaderBatches:
 
 
 @dataclass(eq=False)
-class ShuffledBatches(ABC):
-    """``Batches`` that divide a sequence of images among the ranks, in a new order every epoch.
+class ShuffledBatches(Batches):
+    """Batches that divide a sequence of images among the ranks, in a new order every epoch.
 
-    Subclasses add the fields ``normalisation`` and ``runtime``, which says the device and the rank.
+    Subclasses add the fields ``normalisation`` and ``runtime``, ``pick`` and ``__iter__``.
     """
 
     source: Sized  # the images, each with its label
@@ -112,26 +109,12 @@ class ShuffledBatches(ABC):
 
     @property
     def images(self) -> int:
-        """How many there are."""
         return len(self.source)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Draw the order of an epoch, to begin with a later batch."""
-        self._draw_order(epoch, first_batch)
-
-    def _draw_order(self, epoch: int, first_batch: int) -> torch.Generator:
-        """Draw the order, and return the random stream of the epoch for what else is drawn."""
-        self.epoch, self.first_batch = epoch, first_batch
-        stream, n = random_stream(self.seed, epoch), self.images
-        self.order = torch.randperm(n, generator=stream) if self.augment else torch.arange(n)
-        return stream
-
-    @abstractmethod
-    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Batches``."""
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+        self.epoch, self.first_batch, n = epoch, first_batch, self.images
+        self.stream = random_stream(self.seed, epoch)  # subclasses draw their augmentation from it
+        self.order = torch.randperm(n, generator=self.stream) if self.augment else torch.arange(n)
 
     def __len__(self) -> int:
         return len(self._shares())
@@ -146,9 +129,9 @@ class ShuffledBatches(ABC):
 def choose_normalisation(
     typed: Normalisation | None, meta: Mapping[str, Any], usual: Normalisation
 ) -> tuple[Normalisation, str]:
-    """The constants to use, and a line for the log that names them and their source.
+    """The typed constants, else those of a checkpoint's metadata, else the usual ones.
 
-    Typed constants win, then those in the checkpoint's metadata, then the usual ones.
+    Also a line for the log that names them and their source.
     """
     chosen, source = usual, "the usual ones of this data"
     if typed:

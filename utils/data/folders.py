@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.batches import About, Data, Normalisation, ShuffledBatches, Split, random_stream
-from utils.data.listing import ImageSamples, ignore_warnings_of_pillow, read_image
+from utils.data.listing import ImageSamples, read_image
 from utils.distributed import Runtime
 from utils.errors import InputError
 
@@ -82,16 +82,18 @@ class Crops:
 
 
 class FolderImages(Dataset):
-    """Images as uint8 (3, S, S) and labels, by (epoch, index).
+    """What ``transform`` makes of images, and labels, by (epoch, index).
 
     With ``augment``, the transform's randomness depends only on (seed, epoch, index), not on the
     number of workers.
     """
 
-    def __init__(self, samples: ImageSamples, transform: Callable, augment: bool, seed: int):
+    def __init__(
+        self, samples: ImageSamples, transform: Callable, augment: bool = False, seed: int = 0
+    ):
         self.samples, self.transform, self.augment, self.seed = samples, transform, augment, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
         path, label = self.samples[index]
         image = read_image(path)
@@ -101,10 +103,53 @@ class FolderImages(Dataset):
             torch.default_generator.set_state(random_stream(self.seed, epoch, index).get_state())
             return self.transform(image), label
 
-    def __getitems__(self, keys: tuple[int, np.ndarray]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: tuple[int, np.ndarray]) -> list[tuple[Any, int]]:
         """A batch by (epoch, indices): persistent workers do not hear of a new epoch otherwise."""
         epoch, indices = keys
         return [self[epoch, index] for index in indices.tolist()]
+
+
+def image_loader(images: FolderImages, workers: int, **options: Any) -> DataLoader:
+    """A loader for ``read_batches``, with this many processes; with 0, this process reads."""
+    _ignore_warnings()
+    return DataLoader(
+        images,
+        batch_sampler=[],  # ``read_batches`` fills it
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # leaves the global random state alone
+        **options,
+    )
+
+
+def read_batches(loader: DataLoader, epoch: int, parts: Iterable[Tensor]) -> Iterator[Any]:
+    """A batch for the indices of every part. InputError for an image that cannot be read."""
+    loader.batch_sampler[:] = [(epoch, indices.numpy()) for indices in parts]
+    try:
+        yield from loader
+    except InputError as error:  # a worker puts its traceback in front of the message
+        raise InputError(str(error).rpartition("InputError: ")[2]) from None
+
+
+def _start_worker(worker: int) -> None:
+    """Leave the process group, because Ctrl-C and schedulers signal all of it.
+
+    Only the main process reacts to signals. It ends its workers, and they end if it is gone.
+    """
+    _ignore_warnings()  # a worker that is not a fork has its own filters
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _ignore_warnings() -> None:
+    """Pillow warns about files that it reads, torch about more workers than there are cores.
+
+    Filters are process-wide: call this before threads run.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 @dataclass(eq=False)
@@ -120,9 +165,11 @@ class FolderBatches(ShuffledBatches):
 
     def __post_init__(self):
         transform = self.crops.training() if self.augment else self.crops.evaluation()
-        self.dataset = FolderImages(self.source, transform, self.augment, self.seed)
+        images = FolderImages(self.source, transform, self.augment, self.seed)
+        options = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
+        on_gpu = self.runtime.device.type == "cuda"
+        self.loader = image_loader(images, self.workers, pin_memory=on_gpu, **options)
         self.set_epoch(0)
-        self.loader = self._loader(persistent=True)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -130,58 +177,20 @@ class FolderBatches(ShuffledBatches):
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
-    def _loader(self, persistent: bool) -> DataLoader:
-        ignore_warnings_of_pillow()
-        # --workers may exceed the number of cores.
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        return DataLoader(
-            self.dataset,
-            batch_sampler=[],  # ``_read`` fills it
-            num_workers=self.workers,
-            pin_memory=self.runtime.device.type == "cuda",
-            prefetch_factor=4 if self.workers else None,
-            persistent_workers=persistent and self.workers > 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # leaves the global random state alone
-        )
-
-    def _read(self, loader: DataLoader, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.runtime.device
-        loader.batch_sampler[:] = [(self.epoch, indices.numpy()) for indices in parts]
-        with errors_of_workers():
-            for images, labels in loader:
-                images = images.to(device, non_blocking=True)
-                yield self.normalisation.apply(images), labels.to(device, non_blocking=True)
+        for images, labels in read_batches(self.loader, self.epoch, parts):
+            images = images.to(device, non_blocking=True)
+            yield self.normalisation.apply(images), labels.to(device, non_blocking=True)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._read(self.loader, self._shares())
+        return self._read(self._shares())
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
         parts = indices.split(32)  # so that every worker has something to do
-        images, labels = zip(*self._read(self._loader(persistent=False), parts), strict=True)
+        images, labels = zip(*self._read(parts), strict=True)
         return torch.cat(images), torch.cat(labels)
-
-
-@contextmanager
-def errors_of_workers() -> Iterator[None]:
-    """Raise the InputError of a worker process without the traceback around its message."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).rpartition("InputError: ")[2]) from None
-
-
-def start_worker(worker: int) -> None:
-    """Leave the process group, because Ctrl-C and schedulers signal all of it.
-
-    Only the main process reacts to signals. It ends its workers, and they end if it is gone.
-    """
-    ignore_warnings_of_pillow()  # a worker that is not a fork has its own filters
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +111,6 @@ def _files(top: Path) -> list[str]:
             raise InputError(f"{folder} is a link to a folder that it lies in; remove the link")
         found.append((folder, sorted(names)))
     return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]
-
-
-def ignore_warnings_of_pillow() -> None:
-    """Pillow warns about files that it reads. Filters are process-wide: call before threads run."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str) -> Image.Image:

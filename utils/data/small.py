@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from utils.data.batches import (
     About,
@@ -25,22 +24,12 @@ from utils.data.batches import (
     Split,
     choose_normalisation,
 )
-from utils.data.folders import errors_of_workers, start_worker
-from utils.data.listing import (
-    ImageSamples,
-    folder_identity,
-    ignore_warnings_of_pillow,
-    list_folders,
-    read_image,
-    readable,
-)
+from utils.data.folders import FolderImages, image_loader, read_batches
+from utils.data.listing import ImageSamples, folder_identity, list_folders, readable
 from utils.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
 from utils.distributed import Runtime
 from utils.errors import InputError
 from utils.progress import progress
-
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10
 
 CIFAR10_NORMALISATION = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100_NORMALISATION = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -117,7 +106,7 @@ def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
     return folder_identity(data_dir, TEST_FOLDERS) if dataset == "folder" else {}
 
 
-def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+def _read_cifar(source: type, root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
     if (folder := root / source.base_folder).is_dir():
         os.listdir(folder)  # raises an error, where torchvision would download the data once more
     try:
@@ -135,25 +124,20 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> tuple[ImageSet, ImageSet, 
 
 def read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     """All images in memory, resized by the shorter side and centre-cropped to ``image_size``."""
-    ignore_warnings_of_pillow()
-    # A container may have fewer cores.
-    warnings.filterwarnings("ignore", "This DataLoader will create")
-    pixels = torch.empty(len(samples), image_size, image_size, 3, dtype=torch.uint8)
     # Processes, not threads: Pillow holds Python's lock where it converts pixels. A process takes
     # longer to start than it takes to read a few images.
     workers = min(os.cpu_count() or 1, len(samples) // IMAGES_A_WORKER)
-    parts = [part.tolist() for part in torch.arange(len(samples)).split(100)]
-    processes = {"num_workers": workers, "worker_init_fn": start_worker}
-    squares, stream = _Squares(samples, image_size), torch.Generator()
-    loader = DataLoader(squares, None, sampler=parts, generator=stream, **processes)
+    loader = image_loader(FolderImages(samples, partial(_square, size=image_size)), workers)
+    parts = torch.arange(len(samples)).split(100)
+    pixels = torch.empty(len(samples), image_size, image_size, 3, dtype=torch.uint8)
 
     def fill() -> Iterator[list[int]]:
-        for part, (squares, sizes) in zip(parts, loader, strict=True):
-            pixels[part[0] : part[-1] + 1] = squares
+        batches = read_batches(loader, 0, parts)
+        for part, ((squares, sizes), _) in zip(parts, batches, strict=True):
+            pixels[part] = squares
             yield from sizes.tolist()
 
-    with errors_of_workers():
-        sizes = list(progress(fill(), "reading images", len(samples)))
+    sizes = list(progress(fill(), "reading images", len(samples)))
     if small := [size for size in sizes if min(size) < image_size]:
         width, height = min(small)
         many = f"{len(small)} of {len(samples)} images are smaller than --image_size {image_size}"
@@ -162,25 +146,14 @@ def read_images(samples: ImageSamples, image_size: int) -> ImageSet:
     return ImageSet(pixels.permute(0, 3, 1, 2), labels)
 
 
-@dataclass(frozen=True)
-class _Squares(Dataset):
-    """Centres of images, resized to uint8 (N, S, S, 3), and the sides (N, 2) that they had."""
+def _square(image: Image.Image, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The centre of an image, resized to uint8 (S, S, 3), and the sides (2,) that it had."""
+    from torchvision.transforms.v2 import functional as transforms
 
-    samples: ImageSamples
-    size: int
-
-    def __getitem__(self, part: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        from torchvision.transforms.v2 import functional as transforms
-
-        squares = np.empty((len(part), self.size, self.size, 3), np.uint8)
-        sides = np.empty((len(part), 2), np.int64)
-        for place, index in enumerate(part):
-            image = read_image(self.samples[index][0])
-            sides[place] = image.size
-            if image.size != (self.size, self.size):
-                image = transforms.center_crop(transforms.resize(image, [self.size]), [self.size])
-            squares[place] = image
-        return squares, sides
+    sides = np.array(image.size)
+    if image.size != (size, size):
+        image = transforms.center_crop(transforms.resize(image, [size]), [size])
+    return np.array(image), sides
 
 
 @dataclass(eq=False)
@@ -209,10 +182,10 @@ class ImageBatches(ShuffledBatches):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Draw order and augmentation of an epoch, all at once: no batch waits for the device."""
-        stream = self._draw_order(epoch, first_batch)
-        corners = torch.randint(2 * self.padding + 1, (self.images, 2), generator=stream)
-        flips = torch.rand(self.images, generator=stream) < (0.5 if self.augment else 0)
+        """Draw all of it at once, so that no batch waits for the device."""
+        super().set_epoch(epoch, first_batch)
+        corners = torch.randint(2 * self.padding + 1, (self.images, 2), generator=self.stream)
+        flips = torch.rand(self.images, generator=self.stream) < (0.5 if self.augment else 0)
         drawn = self.order, corners, flips
         self.order, self.corners, self.flips = (part.to(self.runtime.device) for part in drawn)
 
