@@ -43,7 +43,7 @@ def factory(num_classes: int = 1000) -> nn.Module:
 def photos(folder: str) -> tuple[Tensor, Tensor]:
     """Normalised photos (1000, 3, 224, 224) and their labels, by class."""
     samples, _ = list_images(Path(folder))
-    crop = Crops(SIZE, 256, "bicubic").evaluation()
+    crop = Crops(SIZE, 256, "bicubic").evaluation
     pixels = torch.stack([crop(read_image(path)) for path, _ in samples])
     labels = torch.tensor([label for _, label in samples])
     return Normalisation((0.498,) * 3, (0.502,) * 3).apply(pixels), labels

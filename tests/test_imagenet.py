@@ -168,7 +168,7 @@ def test_training_crops_are_torchvisions(place):
     images = torch.randint(256, (8, 3, 60, 80), dtype=torch.uint8)
     for i, image in enumerate(images):
         functional.to_pil_image(image).save(f"{i}.png")
-    dataset = FolderImages([(f"{i}.png", i) for i in range(8)], Crops(24).training(), True, seed=7)
+    dataset = FolderImages([(f"{i}.png", i) for i in range(8)], Crops(24).training, True, seed=7)
     usual = torchvision.transforms.v2
     usual = usual.Compose([usual.RandomResizedCrop(24), usual.RandomHorizontalFlip()])
     for i, image in enumerate(images):

@@ -33,7 +33,7 @@ IMAGENET_NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.2
 
 @dataclass(frozen=True)
 class Crops:
-    """How images become squares of ``size`` pixels.
+    """How images become uint8 (3, ``size``, ``size``).
 
     Training resizes a random area and flips it at random. Evaluation resizes the shorter side to
     ``resize`` and cuts out the centre. ``interpolation`` is torchvision's name of the filter.
@@ -57,13 +57,8 @@ class Crops:
         how = InterpolationMode(self.interpolation)
         return functional.resize(pixels, size, how, antialias=True)
 
-    def training(self) -> Callable[[Image.Image], Tensor]:
+    def training(self, image: Image.Image) -> Tensor:
         """The same pixels as torchvision's RandomResizedCrop and RandomHorizontalFlip."""
-        import torchvision.transforms.v2  # noqa: F401  (once, before there are worker processes)
-
-        return self._random_crop
-
-    def _random_crop(self, image: Image.Image) -> Tensor:
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms.v2 import functional
 
@@ -73,12 +68,11 @@ class Crops:
         pixels = self._resize(area, [self.size, self.size])
         return functional.horizontal_flip(pixels) if torch.rand(1) < 0.5 else pixels
 
-    def evaluation(self) -> Callable[[Image.Image], Tensor]:
-        from torchvision.transforms import v2 as transforms
+    def evaluation(self, image: Image.Image) -> Tensor:
+        from torchvision.transforms.v2 import functional
 
-        resize = partial(self._resize, size=[self.resize])
-        steps = [transforms.PILToTensor(), resize, transforms.CenterCrop(self.size)]
-        return transforms.Compose(steps)
+        pixels = self._resize(functional.pil_to_tensor(image), [self.resize])
+        return functional.center_crop(pixels, [self.size])
 
 
 class FolderImages(Dataset):
@@ -111,6 +105,8 @@ class FolderImages(Dataset):
 
 def image_loader(images: FolderImages, workers: int, **options: Any) -> DataLoader:
     """A loader for ``read_batches``, with this many processes; with 0, this process reads."""
+    import torchvision.transforms.v2  # noqa: F401  (once, before there are worker processes)
+
     _ignore_warnings()
     return DataLoader(
         images,
@@ -164,7 +160,7 @@ class FolderBatches(ShuffledBatches):
     normalisation: Normalisation = IMAGENET_NORMALISATION
 
     def __post_init__(self):
-        transform = self.crops.training() if self.augment else self.crops.evaluation()
+        transform = self.crops.training if self.augment else self.crops.evaluation
         images = FolderImages(self.source, transform, self.augment, self.seed)
         options = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
         on_gpu = self.runtime.device.type == "cuda"
