@@ -1,4 +1,4 @@
-"""A parser that answers bad input with one line, checked values, and how a script ends."""
+"""A parser that answers bad input with one line, --config, checked values; how a script ends."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ import torch
 
 from models import check_network
 from utils.cli import settings
-from utils.cli.config import repeating
 from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.run import launch
+from utils.run.existing import BEFORE, read_dict
 from utils.run.launch import SIGNALS, program
 
 KILLED = (
     "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"
     " batches, and continue with --resume"
 )
-
-
+NO_FLAGS = {"baseline", "classes", "data"}  # what a configuration says of weights and images
 _UNSET = object()
 
 
@@ -48,10 +47,47 @@ class Parser(argparse.ArgumentParser):
             unset = argparse.Namespace(**dict.fromkeys((a.dest for a in self._actions), _UNSET))
             seen, _ = super().parse_known_args(words, unset)
             typed = {name for name, value in vars(seen).items() if value is not _UNSET}
-            words = [*repeating(seen.config, self, typed), *words]
+            words = [*self._repeating(seen.config, typed), *words]
         args, unknown = super().parse_known_args(words, namespace)
         args.defaults = {action.dest: action.default for action in self._actions}
         return args, unknown
+
+    def _repeating(self, path: str, typed: set[str]) -> list[str]:
+        """The words of a command line that repeats the run with this config.json.
+
+        Leaves out the flags in ``typed`` and those that they exclude. Ends with one line if the
+        file is no configuration, or that of another script.
+        """
+
+        def refuse(why: str) -> NoReturn:
+            self.error(f"--config {path} {why}; name the config.json of a run of {self.prog}")
+
+        flags: dict[str, list[argparse.Action]] = {}
+        for action in self._actions:
+            if action.dest not in settings.NO_CONFIGURATION | {"help"}:
+                flags.setdefault(action.dest, []).append(action)
+        content = read_dict(Path(path))
+        if content is None:
+            refuse("is missing or no configuration")
+        if "dataset" not in flags:  # a script with one data set
+            content.pop("dataset", None)
+        if unknown := sorted(content.keys() - NO_FLAGS - flags.keys()):
+            refuse(f"has {', '.join(unknown)}, which no flag here sets")
+        if ("criterion" in content) != ("criterion" in flags):
+            refuse("is of another script")
+        groups = [{a.dest for a in g._group_actions} for g in self._mutually_exclusive_groups]
+        replaced = {name for group in groups if group & typed for name in group} - typed
+        replaced |= {name for name, way in settings.NEEDS.items() if way in replaced}
+        words = []
+        for name in flags.keys() - typed - replaced:
+            value = content.get(name, BEFORE.get(name, False))
+            switch = next((f for f in flags[name] if f.nargs == 0 and f.const is value), None)
+            if switch:
+                words.append(switch.option_strings[0])
+            elif value is not None and value is not False:
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words.append(f"--{name}={text}")
+        return words
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")

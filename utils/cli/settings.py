@@ -237,8 +237,8 @@ NAMED |= {"smooth", "steps", "from_scratch"}
 
 def run_name(args: Namespace) -> str:
     """The folder of a pruning run: ``gfbs_p0.7_smooth_seed1`` and every unusual setting."""
-    how = "_smooth" * args.smooth + "_scratch" * args.from_scratch
-    how += f"_steps{args.steps}" if args.steps else ""
+    how = f"_steps{args.steps}" if args.steps else ""
+    how += "_smooth" if args.smooth else "_scratch" if args.from_scratch else ""
     unusual = "".join(
         f"_{_named(flag.replace('_', ''), value)}"
         for flag, value in sorted(configuration(args).items())
