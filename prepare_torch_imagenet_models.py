@@ -23,12 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models import IMAGENET_NETWORKS, GatedModel, build_model, group_widths, structure
-from utils.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    read_state_dict,
-    save_checkpoint,
-)
+from utils.checkpoint import Checkpoint, load_checkpoint, read_state_dict, save_checkpoint
 from utils.checkpoint.rebuild import load_traced
 from utils.cli import flags, settings
 from utils.cli.parser import Parser, run_script
@@ -85,17 +80,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not val:
         return {}
     how = {"workers": args.workers, "limit": args.limit_val_batches, "normalisation": normalisation}
-    batches = FolderBatches(val[0], args.batch_size, crops, runtime, **how)
-    with closing(batches):
+    with closing(FolderBatches(val[0], args.batch_size, crops, runtime, **how)) as batches:
         found = evaluate(model, batches, runtime)
-    figures = f"top-1 {found.accuracy:.3f} %, top-5 {found.top5:.3f} %"
-    report(f"measured on {found.images} images of {args.data_dir}/val: {figures}")
+    figures = "top-1 {:.3f} %, top-5 {:.3f} %"
+    measured = figures.format(found.accuracy, found.top5)
+    report(f"measured on {found.images} images of {args.data_dir}/val: {measured}")
     if weights:
-        published = "top-1 {acc@1:.3f} %, top-5 {acc@5:.3f} %"
-        published = published.format_map(weights.meta["_metrics"]["ImageNet-1K"])
-        report(
-            f"torchvision publishes for {weights}, on 50000 images of ImageNet's val: {published}"
-        )
+        said = weights.meta["_metrics"]["ImageNet-1K"]
+        published = figures.format(said["acc@1"], said["acc@5"])
+        where = f"for {weights}, on 50000 images of ImageNet's val"
+        report(f"torchvision publishes {where}: {published}")
     return {"accuracy": found.accuracy, "top5": found.top5, "images": found.images}
 
 
@@ -143,18 +137,16 @@ def convert(
     if net in IMAGENET_NETWORKS:
         model, difference = convert_gated(net, state, source)
         return model, f"{net}: gated logits equal torchvision's (they differ by {difference:g})"
-    if state is None:
-        try:
+    try:
+        if state is None:
             model = build_model(net, image_size=size)
-        except ValueError as error:
-            raise InputError(f"--net {net}: {error}") from error
-    else:
-        auxiliary = ("AuxLogits.", "aux1.", "aux2.")
-        own = {name: tensor for name, tensor in state.items() if not name.startswith(auxiliary)}
-        try:
+        else:
+            auxiliary = ("AuxLogits.", "aux1.", "aux2.")
+            own = {name: value for name, value in state.items() if not name.startswith(auxiliary)}
             model = load_traced(net, own, size)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+    except ValueError as error:
+        culprit = source if state else f"--net {net}"
+        raise InputError(f"{culprit}: {error}") from error
     widths = group_widths(model).values()
     notes = "".join(f"\nnote: {note}" for note in structure(model).notes)
     return model, f"{net}: {sum(widths)} channels in {len(widths)} groups can go{notes}"
