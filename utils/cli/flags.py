@@ -1,4 +1,4 @@
-"""The flags of the scripts. What follows from them is in utils/cli/settings.py."""
+"""The flags of the scripts, one a line or with its help on the next. See also settings.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from utils.distributed import AMP
 from utils.pruning import SCOPES
 from utils.recipes import Recipe, Recipes
 from utils.saliency import CRITERIA
-
-# One flag reads best on one line, or with its help on the next.
-# fmt: off
 
 
 def add_network_flag(parser: ArgumentParser, imagenet: bool = False) -> None:
@@ -128,9 +125,8 @@ def add_conversion_flags(parser: ArgumentParser) -> None:
     add("--limit_val_batches", type=value.count, metavar="N", help="evaluate on N batches only")
 
 
-def add_pruning_flags(
-    parser: ArgumentParser, p: float, score_images: int | None, recompute: bool = False
-) -> None:
+def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None,
+                      recompute: bool = False) -> None:
     """What to prune, and how to score and select. ``recompute``: do so unless a flag forbids it."""
     add = parser.add_argument_group("pruning").add_argument
     add("--checkpoint", metavar="PATH",
@@ -252,6 +248,3 @@ def add_run_flags(parser: ArgumentParser) -> None:
     add("--skip_finished", action="store_true", help=SUPPRESS)  # no effect any more
     add("--checkpoint_every", type=value.count, metavar="N",
         help="write last.pth after every N batches, too, and not only after every epoch")
-
-
-# fmt: on

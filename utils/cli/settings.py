@@ -165,8 +165,6 @@ def _check_rounds(parser: ArgumentParser, args: Namespace) -> None:
 
 def _resolve_head(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse what does not go with --new_head, and set the default of --head_epochs."""
-    if not args.new_head:
-        return
     if args.distill:
         parser.error("--distill and --new_head do not go together: the teacher knows other classes")
     last = args.epochs if args.final_epochs is None else args.final_epochs
@@ -183,7 +181,7 @@ def resolve_pruning(parser: ArgumentParser, args: Namespace) -> None:
     criterion does not use to their defaults, with a warning.
     """
     _check_rounds(parser, args)
-    if "new_head" in args:
+    if getattr(args, "new_head", False):
         _resolve_head(parser, args)
     for flag, criterion in (("no_beta", "taylor"), ("beta_only", "beta")):
         if getattr(args, flag):

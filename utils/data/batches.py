@@ -61,7 +61,7 @@ class Batches(Protocol):
         """Choose the order and the augmentation of an epoch, and begin with a later batch."""
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and labels at these places, with this epoch's augmentation."""
+        """Images (B, 3, S, S) and labels (B,) at these places, with this epoch's augmentation."""
 
     def __len__(self) -> int: ...
 

@@ -1,9 +1,7 @@
 """Large images read from folders while the network computes: the ImageNet input pipeline.
 
-Worker processes decode and augment in uint8; normalisation happens on the device.
-
-Here and elsewhere, modules that take long to import (torchvision, TensorBoard) are imported in the
-functions that use them: --help and bad flags are answered without them.
+Worker processes decode and augment in uint8; normalisation happens on the device. Here and
+elsewhere, functions import torchvision and TensorBoard, so that --help does not wait for them.
 """
 
 from __future__ import annotations
@@ -75,17 +73,14 @@ class Crops:
         return functional.center_crop(pixels, [self.size])
 
 
+@dataclass(frozen=True)
 class FolderImages(Dataset):
-    """What ``transform`` makes of images, and labels, by (epoch, index).
+    """What ``transform`` makes of images, and labels, by (epoch, index)."""
 
-    With ``augment``, the transform's randomness depends only on (seed, epoch, index), not on the
-    number of workers.
-    """
-
-    def __init__(
-        self, samples: ImageSamples, transform: Callable, augment: bool = False, seed: int = 0
-    ):
-        self.samples, self.transform, self.augment, self.seed = samples, transform, augment, seed
+    samples: ImageSamples
+    transform: Callable[[Image.Image], Any]
+    augment: bool = False  # at random, by (seed, epoch, index), whatever the number of workers
+    seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
@@ -183,7 +178,6 @@ class FolderBatches(ShuffledBatches):
         return self._read(self._shares())
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
         parts = indices.split(32)  # so that every worker has something to do
         images, labels = zip(*self._read(parts), strict=True)
         return torch.cat(images), torch.cat(labels)

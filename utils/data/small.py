@@ -71,14 +71,10 @@ class ImageData:
 
 
 def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> ImageData:
-    """Read a whole data set into memory.
+    """Read a whole data set of ``DATASETS`` into memory.
 
-    Args:
-        dataset: ``cifar10`` and ``cifar100`` are downloaded into ``data_dir`` on first use;
-            ``folder`` reads ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or
-            ``val``); ``synthetic`` is computed.
-        data_dir: where the data are, or go.
-        image_size: side in pixels; folder images are resized and centre-cropped to it.
+    CIFAR is downloaded into ``data_dir`` on first use. ``folder`` reads ``data_dir/train/<class>/``
+    and ``data_dir/test/<class>/`` (or ``val``), and resizes and crops to ``image_size`` pixels.
 
     Raises InputError if a download fails, or if folders or images cannot be used.
     """
@@ -93,10 +89,8 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
     elif image_size != 32:
         raise InputError(f"--image_size {image_size}: images of {dataset} have 32; leave it out")
     else:
-        from torchvision.datasets import CIFAR10, CIFAR100
-
         with readable(root):
-            *parts, classes = _read_cifar(CIFAR10 if dataset == "cifar10" else CIFAR100, root)
+            *parts, classes = _read_cifar(dataset, root)
     usual = CIFAR100_NORMALISATION if dataset == "cifar100" else CIFAR10_NORMALISATION
     return ImageData(*parts, classes, usual)
 
@@ -106,7 +100,10 @@ def data_identity(dataset: str, data_dir: str | Path) -> dict[str, str]:
     return folder_identity(data_dir, TEST_FOLDERS) if dataset == "folder" else {}
 
 
-def _read_cifar(source: type, root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+def _read_cifar(dataset: str, root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    source = CIFAR10 if dataset == "cifar10" else CIFAR100
     if (folder := root / source.base_folder).is_dir():
         os.listdir(folder)  # raises an error, where torchvision would download the data once more
     try:
@@ -173,8 +170,8 @@ class ImageBatches(ShuffledBatches):
         self.size = self.source.images.shape[-1]
         self.padding = self.size // 8 if self.augment else 0
         padded = F.pad(self.source.images.to(device).contiguous(), (self.padding,) * 4)
-        # Crops are gathered by rows, which is several times as fast as by pixels: a view of every
-        # run of S pixels, and where in this view the rows of the first crop of an image are.
+        # Crops are gathered by rows, several times as fast as by pixels: a view of every run of S
+        # pixels, and where in this view the rows of the first crop of an image are.
         self.rows = padded.flatten().unfold(0, self.size, 1)
         self.image_stride, plane, self.line, _ = padded.stride()
         first = plane * torch.arange(3)[:, None] + self.line * torch.arange(self.size)
@@ -190,7 +187,6 @@ class ImageBatches(ShuffledBatches):
         self.order, self.corners, self.flips = (part.to(self.runtime.device) for part in drawn)
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) and labels (B,) at ``indices``, with this epoch's augmentation."""
         indices = indices.to(self.runtime.device)
         down, right = self.corners[indices].T
         corners = indices * self.image_stride + down * self.line + right
