@@ -171,18 +171,14 @@ def add_pruning_flags(parser: ArgumentParser, p: float, score_images: int | None
              " (of rank 0)")
 
 
-def add_distillation_flags(parser: ArgumentParser) -> None:
-    """The unpruned network as the teacher of the pruned one."""
+def add_round_flags(parser: ArgumentParser, recipes: Recipes) -> None:
+    """How pruned networks are trained: a teacher, and ways other than one cut and fine-tuning."""
     add = parser.add_argument_group("distillation").add_argument
     add("--distill", type=value.share, metavar="ALPHA",
         help="fine-tune on (1 - ALPHA) of the usual loss and ALPHA of the distance to the outputs"
              " of the unpruned network (default: none)")
     add("--temperature", type=value.positive, metavar="T",
         help="soften both outputs in this distance (default: 4)")
-
-
-def add_smooth_flags(parser: ArgumentParser, recipes: Recipes) -> None:
-    """Ways to prune other than one cut and fine-tuning."""
     group = parser.add_argument_group("instead of one shot")
     one, add = group.add_mutually_exclusive_group(), group.add_argument
     one.add_argument("--smooth", "-s", action="store_true",

@@ -26,7 +26,7 @@ from utils.data.batches import (
 )
 from utils.data.folders import FolderImages, image_loader, read_batches
 from utils.data.listing import ImageSamples, folder_identity, list_folders, readable
-from utils.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
+from utils.data.synthetic import SHAPES, synthetic_images
 from utils.distributed import Runtime
 from utils.errors import InputError
 from utils.progress import progress
@@ -84,7 +84,7 @@ def load_data(dataset: str, data_dir: str | Path, image_size: int = 32) -> Image
         images = read_images(train + test, image_size)
         parts = images[: len(train)], images[len(train) :]
     elif dataset == "synthetic":
-        classes, kinds = list(SYNTHETIC_CLASSES), ((5000, 0), (1000, 1))
+        classes, kinds = list(SHAPES), ((5000, 0), (1000, 1))
         parts = [ImageSet(*synthetic_images(count, image_size, seed)) for count, seed in kinds]
     elif image_size != 32:
         raise InputError(f"--image_size {image_size}: images of {dataset} have 32; leave it out")

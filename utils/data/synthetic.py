@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A shape per class: whether (u, v) lies in it, where ``far`` is max(|u|, |v|). It fills about
-# [-1, 1].
-_SHAPES = {
+# By class, whether (u, v) lies in its shape, which fills about [-1, 1]; ``far`` is max(|u|, |v|).
+SHAPES = {
     "disc": lambda u, v, far: u**2 + v**2 < 0.8,
     "ring": lambda u, v, far: (u**2 + v**2 < 0.9) & (u**2 + v**2 > 0.4),
     "square": lambda u, v, far: far < 0.75,
@@ -19,7 +18,6 @@ _SHAPES = {
     "stripes": lambda u, v, far: ((3 * v).remainder(2) < 1) & (far < 1),
     "checker": lambda u, v, far: (((2 * u).floor() + (2 * v).floor()).remainder(2) < 1) & (far < 1),
 }
-SYNTHETIC_CLASSES = tuple(_SHAPES)
 
 
 def synthetic_images(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +30,7 @@ def synthetic_images(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=stream)
 
-    labels = (torch.arange(count) % len(_SHAPES))[torch.randperm(count, generator=stream)]
+    labels = (torch.arange(count) % len(SHAPES))[torch.randperm(count, generator=stream)]
     grid = torch.linspace(-1, 1, size)
     x = grid.view(1, 1, size) - uniform(-0.35, 0.35, 1, 1)
     y = grid.view(1, size, 1) - uniform(-0.35, 0.35, 1, 1)
@@ -41,7 +39,7 @@ def synthetic_images(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     v = (y * tilt.cos() - x * tilt.sin()) / scale
     far = torch.maximum(u.abs(), v.abs())
     shape = torch.empty(count, size, size, dtype=torch.bool)
-    for label, inside in enumerate(_SHAPES.values()):
+    for label, inside in enumerate(SHAPES.values()):
         mine = labels == label
         shape[mine] = inside(u[mine], v[mine], far[mine])
     ink, paper = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
