@@ -34,7 +34,7 @@ def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
 
 def processes(args: Namespace) -> tuple[int, str]:
     """How many processes share the run, and a line for the log; 1 without the flags for it."""
-    if getattr(args, "data_parallel", True):
+    if "processes" not in args or args.data_parallel:
         return 1, ""
     flag = "bs" if "bs" in args else "train_bs"
     batch = getattr(args, flag), f"--{flag}", args.accumulate or 1
@@ -48,8 +48,8 @@ def normalisation(args: Namespace) -> Normalisation | None:
 
 def split(args: Namespace) -> Split:
     """How much of the data is used."""
-    known = vars(args)
-    tested = known.get("limit_test_batches", known.get("limit_val_batches"))
+    small = "limit_test_batches" in args
+    tested = args.limit_test_batches if small else args.limit_val_batches
     return Split(args.holdout, args.limit_train_batches, tested)
 
 
@@ -113,9 +113,8 @@ def run_folder(
 ) -> RunSettings:
     """The folder of a run, and what happens to files that are already there.
 
-    Args:
-        baseline: the network to prune, if any. Call ``pruning`` first: it settles --min_channels.
-        checkpoint: the file that ``train.py --checkpoint`` continues, if given.
+    ``baseline`` is the network to prune, if any; call ``pruning`` first, which settles
+    --min_channels. ``checkpoint`` is the file that ``train.py --checkpoint`` continues.
     """
     name, config = network_folder(args), configuration(args, baseline and baseline.digest)
     if baseline:
