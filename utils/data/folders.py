@@ -79,7 +79,7 @@ class FolderImages(Dataset):
 
     samples: ImageSamples
     transform: Callable[[Image.Image], Any]
-    augment: bool = False  # at random, by (seed, epoch, index), whatever the number of workers
+    augment: bool = False  # seed the transform by (seed, epoch, index), in any worker
     seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
