@@ -34,7 +34,7 @@ def runtime(args: Namespace, batch_size: int, flag: str) -> Runtime:
 
 def processes(args: Namespace) -> tuple[int, str]:
     """How many processes share the run, and a line for the log; 1 without the flags for it."""
-    if "processes" not in args or args.data_parallel:
+    if getattr(args, "data_parallel", True):
         return 1, ""
     flag = "bs" if "bs" in args else "train_bs"
     batch = getattr(args, flag), f"--{flag}", args.accumulate or 1
