@@ -164,7 +164,8 @@ class RunFolder:
         # with --ema, a second set of weights.
         tensors = 3 if self.config.get("ema") else 2
         need = 3 * tensors * sum(tensor.nbytes for tensor in model.state_dict().values())
-        if self.runtime.is_main and (free := shutil.disk_usage(self.folder).free) < need:
+        free = self.runtime.on_main(lambda: shutil.disk_usage(self.folder).free)
+        if free < need:
             short = f"{free / 1e6:.0f} MB are free and the checkpoints need {need / 1e6:.0f}"
             raise InputError(f"{self.folder}: {short}; make room, or see --output")
 
