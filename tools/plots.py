@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
+from statistics import mean, multimode, stdev
 from typing import Any
 
 import matplotlib
@@ -52,8 +53,8 @@ def draw(trials: Sequence[Trial]) -> Figure:
     FigureCanvasAgg(figure)
     strips = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)
     for strip, (title, curves) in zip(strips[:, 0], panels.items(), strict=True):
-        several = any(len(row.runs) > 1 for row in sum(curves.values(), []))
-        title += " (bars: standard deviation over seeds)" * several
+        if any(len(row.runs) > 1 for row in sum(curves.values(), [])):
+            title += " (bars: standard deviation over seeds)"
         strip.suptitle(title, x=0.01, ha="left", fontsize=11)
         _draw_panel(strip, curves)
     return figure
@@ -61,26 +62,27 @@ def draw(trials: Sequence[Trial]) -> Figure:
 
 def make_panels(rows: Sequence[Row]) -> dict[str, Curves]:
     """By title; a network with more than ``MOST`` curves has several panels."""
-    several = {n for n in ("criterion", "method", "asked_of") if len({r.text(n) for r in rows}) > 1}
-    places: dict[str, list[Row]] = {}
+    differing = [n for n in ("criterion", "method") if len({row.text(n) for row in rows}) > 1]
+    same = [rows[0].text(n) for n in ("criterion", "method") if n not in differing]
+    several_goals = len({row.text("asked_of") for row in rows}) > 1
+    networks: dict[str, list[Row]] = {}
     for row in rows:
-        same = [row.text(name) for name in ("criterion", "method") if name not in several]
         title = ", ".join([f"{row.text('net')} on {row.text('dataset')}", *same])
-        places.setdefault(title, []).append(row)
+        networks.setdefault(title, []).append(row)
     panels = {}
-    for title, members in places.items():
+    for title, members in networks.items():
         curves: Curves = {}
         alike = set.intersection(*({*row.also} for row in members))
         for row in members:
-            parts = [row.text(name) for name in ("criterion", "method") if name in several]
-            parts += [f"by {row.text('asked_of')}"] * ("asked_of" in several)
+            parts = [row.text(name) for name in differing]
+            parts += [f"by {row.text('asked_of')}"] if several_goals else []
             parts += [setting for setting in row.also if setting not in alike]
             label = textwrap.fill(", ".join(parts) or row.text("criterion"), 70)
             curves.setdefault(label, []).append(row)
-        count = -(-len(curves) // MOST)
+        count = math.ceil(len(curves) / MOST)
         for i in range(count):  # about equally many in each
             part = list(curves.items())[len(curves) * i // count : len(curves) * (i + 1) // count]
-            panels[title + f" ({i + 1} of {count})" * (count > 1)] = dict(part)
+            panels[f"{title} ({i + 1} of {count})" if count > 1 else title] = dict(part)
     return panels
 
 
@@ -90,7 +92,7 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     grid = strip.add_gridspec(1, 2, width_ratios=(2, 1.2))
     classes = re.match("[1-9][0-9]*", rows[0].text("classes"))
     chance = 100 / int(classes[0]) if classes else None
-    baselines = {round(r.percent["baseline"].mean, 2) for r in rows if "baseline" in r.percent}
+    baselines = {round(mean(r.percent["baseline"]), 2) for r in rows if "baseline" in r.percent}
     # Accuracies right after surgery are far below the others: each kind has axes of its own.
     shown = measured(curves)
     left = grid[0].subgridspec(len(shown), 2, height_ratios=[HEIGHTS[name] for name in shown])
@@ -98,27 +100,35 @@ def _draw_panel(strip: SubFigure, curves: Curves) -> None:
     axes[0, 0].set_title("top-1 accuracy", loc="left")
     for name, both in zip(shown, axes, strict=True):
         both[0].set_ylabel(f"{SHOWN[name]}, %")
-        lowest = min((r.percent[name].mean for r in rows if name in r.percent), default=0)
+        lowest = min((mean(r.percent[name]) for r in rows if name in r.percent), default=0)
         for place, of in zip(both, COSTS, strict=True):
             for style, curve in zip(styles, curves.values(), strict=True):
-                found = [row.percent for row in curve if {of, name} <= row.percent.keys()]
-                points = sorted((p[of].mean, p[name].mean, p[name].deviation or 0) for p in found)
-                x, y, spread = zip(*points, strict=True) if points else ((), (), ())
-                place.errorbar(x, y, spread if any(spread) else None, **style)
+                _draw_curve(place, curve, of, name, style)
             # A line for chance far below all points would flatten the curves.
             if chance and (name == shown[-1] or lowest - chance < 30):
                 place.axhline(chance, zorder=1, **CHANCE)
             for baseline in baselines if name == shown[0] else ():
                 place.axhline(baseline, zorder=1, **BASELINE)
             place.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-            place.set_xlabel(f"{COSTS[of]} kept, %" * (name == shown[-1]))
+    for place, title in zip(axes[-1], COSTS.values(), strict=True):
+        place.set_xlabel(f"{title} kept, %")
     _draw_channels(strip.add_subplot(grid[1]), curves, styles)
     handles = [Line2D([], [], label=n, **s) for n, s in zip(curves, styles, strict=True)]
-    handles += [Line2D([], [], **BASELINE)] * bool(baselines)
-    handles += [Line2D([], [], **CHANCE)] * bool(chance)
+    handles += [Line2D([], [], **BASELINE)] if baselines else []
+    handles += [Line2D([], [], **CHANCE)] if chance else []
     longest = max(len(line) for handle in handles for line in handle.get_label().split("\n"))
     columns = max(1, min(len(handles), int(12 / (0.6 + 0.075 * longest))))  # in inches
     strip.legend(handles=handles, loc="outside lower left", frameon=False, ncols=columns)
+
+
+def _draw_curve(axes: Any, curve: list[Row], of: str, accuracy: str, style: Any) -> None:
+    """An accuracy over a cost, with its deviation."""
+    points = []
+    for percent in (row.percent for row in curve if {of, accuracy} <= row.percent.keys()):
+        found = percent[accuracy]
+        points.append((mean(percent[of]), mean(found), stdev(found) if len(found) > 1 else 0))
+    x, y, spread = zip(*sorted(points), strict=True) if points else ((), (), ())
+    axes.errorbar(x, y, spread if any(spread) else None, **style)
 
 
 def measured(curves: Curves) -> list[str]:
@@ -138,17 +148,16 @@ def _styles(curves: Curves) -> list[dict[str, Any]]:
 def _draw_channels(axes: Any, curves: Curves, styles: list[dict[str, Any]]) -> None:
     """Of the size in the middle of those that most curves have."""
     rows = sum(curves.values(), [])
-    having = Counter(row.asked for row in rows)
-    most = [asked for asked, count in having.items() if count == max(having.values())]
-    asked = most[len(most) // 2]
-    names = list(
-        dict.fromkeys(n for row in rows for n in row.percent if n not in {**COSTS, **SHOWN})
-    )
+    sizes = multimode(row.asked for row in rows)
+    asked = sizes[len(sizes) // 2]
+    others = {*COSTS, *SHOWN}
+    names = list(dict.fromkeys(n for row in rows for n in row.percent if n not in others))
     for style, curve in zip(styles, curves.values(), strict=True):
         for of in (row.percent for row in curve if row.asked == asked):
-            points = [(x, of[name].mean) for x, name in enumerate(names) if name in of]
-            axes.plot(*zip(*points, strict=True), **style) if points else None
-    every = -(-len(names) // 26) or 1  # as many names fit below the axis
+            points = [(x, mean(of[name])) for x, name in enumerate(names) if name in of]
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+    every = math.ceil(len(names) / 26) or 1  # as many names fit below the axis
     places, turned = range(0, len(names), every), {"ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(places, names[::every], rotation=60, **turned)
     axes.set(ylim=(0, 103), ylabel="channels kept, %", xlabel="channel group, from input to output")

@@ -14,23 +14,14 @@ per table; NAME.md, where there is one, has the title of NAME.csv in line 1, and
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools.trials import (
-    SHOWN,
-    Trial,
-    csv_text,
-    make_rows,
-    merge,
-    natural,
-    read_csv,
-    read_result,
-    words,
-)
+from tools.trials import SHOWN, Trial, csv_text, make_rows, merge, natural, read_csv, read_result
 from utils.cli.parser import Parser, run_script
 from utils.errors import InputError
 from utils.files import writable, write_bytes
@@ -55,28 +46,35 @@ def markdown(trials: Sequence[Trial]) -> str:
     left = {title: [row.text(column) for row in rows] for title, column in TEXTS.items()}
     left |= {"asked": [r.asked for r in rows], "settings": [", ".join(r.also) or "-" for r in rows]}
     alike = {title: left.pop(title)[0] for title in [*left] if len({*left[title]}) == 1}
-    common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")]
-    common += [words(*setting) for setting in same.items()]
-    right = {title: [str(r.percent.get(of, "-")) for r in rows] for title, of in NUMBERS.items()}
+    common = [f"{title} {text}" for title, text in alike.items() if text not in ("", "-")] + same
+    right = {title: [_spread(r.percent.get(of)) for r in rows] for title, of in NUMBERS.items()}
     right = {title: texts for title, texts in right.items() if {*texts} != {"-"}}
     right["seeds"] = [str(len(row.runs)) for row in rows]
-    held = [i for i, row in enumerate(rows) if row.text("chosen_on") == "holdout"]
-    held = [i for i in held if "fine_tuned" in rows[i].percent]
-    for i in held:
-        right["fine-tuned"][i] = f"{HOLDOUT} {right['fine-tuned'][i]}"
+    legend = LEGEND
+    for i, row in enumerate(rows):
+        if row.text("chosen_on") == "holdout" and "fine_tuned" in row.percent:
+            right["fine-tuned"][i] = f"{HOLDOUT} {right['fine-tuned'][i]}"
+            legend = f"{LEGEND}; with {HOLDOUT}, the one chosen on the holdout"
     # Where the table is too wide, notes below it have the settings, or all of its left part.
     notes, cells = [], left
     for title, fold in (("settings", ["settings"]), ("experiment", [*cells])):
-        if cells.keys() >= {*fold} and len(next(_table(left, right))) > WIDTH:
+        if cells.keys() >= {*fold} and len(_table(left, right)[0]) > WIDTH:
             texts = [", ".join(parts) for parts in zip(*map(cells.get, fold), strict=True)]
             notes = list(dict.fromkeys(texts))
             left = {name: cells[name] for name in cells if name not in fold}
             left[title] = [f"({notes.index(text) + 1})" for text in texts]
     lines = [textwrap.fill(_plain(f"Same in all rows: {', '.join(common)}."), 100), ""]
-    lines += [*_table(left, right), ""]
-    lines.append(f"{LEGEND}{f'; with {HOLDOUT}, the one chosen on the holdout' * bool(held)}.")
+    lines += [*_table(left, right), "", f"{legend}."]
     lines += [_plain(f"- ({number}) {note}") for number, note in enumerate(notes, 1)]
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float] | None) -> str:
+    """Mean ± sample standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def _plain(text: str) -> str:
@@ -84,16 +82,16 @@ def _plain(text: str) -> str:
     return text.replace("|", "&#124;").replace("<", "&lt;")
 
 
-def _table(left: Columns, right: Columns) -> Iterator[str]:
+def _table(left: Columns, right: Columns) -> list[str]:
     """Lines of a table, each column aligned to its side."""
     columns = []
     for title, texts in {**left, **right}.items():
-        column = [title, "", *map(_plain, texts)]
+        column = [title, *map(_plain, texts)]
         width = max(3, *map(len, column))
-        column[1] = "-" * width if title in left else "-" * (width - 1) + ":"
+        rule = "-" * width if title in left else "-" * (width - 1) + ":"
+        column.insert(1, rule)
         columns.append([c.ljust(width) if title in left else c.rjust(width) for c in column])
-    for line in zip(*columns, strict=True):
-        yield f"| {' | '.join(line)} |"
+    return [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
 
 
 def page(tables: Tables) -> str:
@@ -102,10 +100,13 @@ def page(tables: Tables) -> str:
     parts = ["# Results", f"Made by `make tables`. {source}"]
     for path, trials in tables.items():
         title, remark = heading(path)
-        parts += filter(None, [f"## {title}", remark])
-        parts += [made_with(path, trials), markdown(trials)] if trials else [NO_ROWS]
-        parts += [f"![{title}]({path.stem}.svg)"] * bool(trials)
-    return "\n\n".join(parts if tables else [*parts, NO_ROWS]) + "\n"
+        parts += [f"## {title}", remark]
+        if trials:
+            image = f"![{title}]({path.stem}.svg)"
+            parts += [_made_with(path, trials), markdown(trials), image]
+        else:
+            parts.append(NO_ROWS)
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def heading(path: Path) -> tuple[str, str]:
@@ -116,7 +117,7 @@ def heading(path: Path) -> tuple[str, str]:
     return title.lstrip("# "), remark.strip()
 
 
-def made_with(path: Path, trials: Sequence[Trial]) -> str:
+def _made_with(path: Path, trials: Sequence[Trial]) -> str:
     """A line that tells where the numbers come from."""
     said = [f"{len(trials)} runs: [{path.name}](../results/{path.name})"]
     for name in ("baseline", "threads", "torch", "commit"):
@@ -143,26 +144,28 @@ def main(args: argparse.Namespace) -> Tables:
     """Print the tables or write the files, and return all runs."""
     if (args.plot or args.page) and not find_spec("matplotlib"):  # before anything is written
         raise InputError("plots need matplotlib: pip install -r requirements-dev.txt")
-    inputs, results = [Path(name) for name in args.inputs], []
-    paths = [path for path in inputs if path.suffix == ".csv"]
-    for folder in (path for path in inputs if path.suffix != ".csv"):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; name one of results, or a .csv file")
-        if args.page:
-            paths += folder.glob("*.csv")
+    paths, results = [], []
+    for path in map(Path, args.inputs):
+        if path.suffix == ".csv":
+            paths.append(path)
+        elif not path.is_dir():
+            raise InputError(f"{path}: no such folder; name one of results, or a .csv file")
+        elif args.page:
+            paths += path.glob("*.csv")
         else:
-            results += map(read_result, sorted(folder.rglob("result.json")))
+            results += map(read_result, sorted(path.rglob("result.json")))
     tables: Tables = {path: merge([], read_csv(path)) for path in sorted(paths)}
     if args.page:
-        for path in filter(tables.get, tables):
-            _draw(tables[path], Path(args.page).with_name(f"{path.stem}.svg"), "--page")
+        for path, trials in tables.items():
+            if trials:
+                _draw(trials, Path(args.page).with_name(f"{path.stem}.svg"), "--page")
         _write(args.page, "--page", page(tables).encode())
         return tables
     if pruned := merge([], filter(None, results)):
         tables[Path("Folders")] = pruned
     trials = sum(tables.values(), [])
     if not trials:
-        unpruned = f", but {len(results)} of unpruned networks" * bool(results)
+        unpruned = f", but {len(results)} of unpruned networks" if results else ""
         raise InputError(f"no pruning run in {', '.join(args.inputs)}{unpruned}")
     if args.csv:
         path = Path(args.csv)
@@ -170,8 +173,8 @@ def main(args: argparse.Namespace) -> Tables:
         tables = {path: trials}
         _write(path, "--csv", csv_text(trials).encode())
     for path, of in tables.items():
-        print(f"## {heading(path)[0]}\n\n" * (len(tables) > 1), end="")
-        print(markdown(of) if of else NO_ROWS)
+        title = f"## {heading(path)[0]}\n\n" if len(tables) > 1 else ""
+        print(title + (markdown(of) if of else NO_ROWS))
     if None in results:
         print(f"Left out: {results.count(None)} result.json of unpruned networks.")
     if args.plot:

@@ -25,16 +25,17 @@ ASKED = {"p": "p", **COSTS}
 COLUMNS = ("net", "dataset", "criterion", "method", "asked_of", "asked")  # also when printed
 WHAT = (*COLUMNS, "seed", "score_seed")
 ACCURACIES = ("baseline", "after_surgery", "recalibrated", "last", "best")
-SHOWN = {name: name.replace("_", " ") for name in ACCURACIES[:3]} | {"fine_tuned": "fine-tuned"}
-SIZES = tuple(f"{of}_{when}" for of in COSTS for when in ("before", "after"))
+SHOWN = {"baseline": "baseline", "after_surgery": "after surgery"}
+SHOWN |= {"recalibrated": "recalibrated", "fine_tuned": "fine-tuned"}
+SIZES = ("macs_before", "macs_after", "params_before", "params_after")
 NUMBERS = (*SIZES, *(f"top{k}_{name}" for k in (1, 5) for name in ACCURACIES), "best_epoch")
 OUTCOME = (*NUMBERS, "chosen_on", "channels")
 # These differ between two runs that compute the same.
 CIRCUMSTANCES = ("images_per_second", "wall_time_seconds", "threads", "torch", "commit")
 PLACE = "place"  # where a row comes from, for messages; no table has it
+NO_SETTINGS = {*OUTCOME, *CIRCUMSTANCES, PLACE}
 OTHERWISE = {*ASKED, "smooth", "steps", "from_scratch"}  # flags that other columns say
 COMMON = {"net", "dataset", "classes", "image_size", "baseline"}  # of run and baseline
-WIDTHS = re.compile(r"(\S+):(\d+)/([1-9]\d*)")  # of a channel group, after/before
 
 
 def cell(value: Any) -> str:
@@ -57,11 +58,13 @@ def read_result(path: Path) -> Trial | None:
     """
     try:
         run = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
-        trial = _trial(run) if "criterion" in run.config else None
+        if "criterion" not in run.config:
+            return None
+        trial = _trial(run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         told = cell(f"{path}: no result of a pruning script ({error!r})")
         raise InputError(f"{told}; remove it, or run the script again with --overwrite") from error
-    return trial and _checked(trial, cell(path))
+    return _checked(trial, cell(path))
 
 
 def _trial(run: Record) -> Trial:
@@ -76,22 +79,20 @@ def _trial(run: Record) -> Trial:
     for name in ACCURACIES:
         values |= {f"top1_{name}": run.accuracy.get(name), f"top5_{name}": run.top5.get(name)}
     values |= {"best_epoch": run.accuracy.get("best_epoch")}
-    values |= {"chosen_on": run.holdout and "holdout"}
+    values |= {"chosen_on": "holdout" if run.holdout else None}
     widths = (run.channels or {}).items()
-    values["channels"] = " ".join(
-        f"{''.join(name.split())}:{width['after']}/{width['before']}" for name, width in widths
-    )
+    kept = (f"{''.join(n.split())}:{width['after']}/{width['before']}" for n, width in widths)
+    values["channels"] = " ".join(kept)
     speeds = [epoch["images_per_second"] for epoch in run.history if "images_per_second" in epoch]
     values["images_per_second"] = round(statistics.fmean(speeds), 1) if speeds else None
-    known = {**(run.versions or {}), "wall_time_seconds": run.wall_time_seconds}
-    values |= {name: value for name, value in known.items() if name in CIRCUMSTANCES}
+    values["wall_time_seconds"] = run.wall_time_seconds
+    known = run.versions or {}
+    values |= {name: known.get(name) for name in ("threads", "torch", "commit")}
     return {cell(name): cell(value) for name, value in values.items()}
 
 
 def _checked(trial: Trial, place: str) -> Trial:
-    """The row with the values of flags that are younger than it; InputError where a number is
-    none.
-    """
+    """Add the place, and flags younger than the row. Raise InputError where a number is none."""
     for name in (*NUMBERS, "asked", "images_per_second", "wall_time_seconds"):
         try:
             number = float(trial.get(name) or 1)
@@ -99,7 +100,7 @@ def _checked(trial: Trial, place: str) -> Trial:
             number = math.nan
         if not math.isfinite(number) or (name.endswith("_before") and number < 1):
             raise InputError(f"{place}: {name} is {trial[name]!r}, where a number should be")
-    return {**{name: cell(value) for name, value in BEFORE.items()}, **trial, PLACE: place}
+    return {name: cell(value) for name, value in BEFORE.items()} | trial | {PLACE: place}
 
 
 def read_csv(path: Path) -> list[Trial]:
@@ -123,11 +124,10 @@ def read_csv(path: Path) -> list[Trial]:
 
 def csv_text(trials: Sequence[Trial]) -> str:
     """A row per run; settings that are off in every row have no column."""
-    used = {name for trial in trials for name, text in trial.items() if text}
-    own = sorted(used - {*WHAT, *OUTCOME, *CIRCUMSTANCES, PLACE})
-    names, file = [*WHAT, *own, *OUTCOME, *CIRCUMSTANCES], io.StringIO()
-    rows = [names, *([trial.get(name, "") for name in names] for trial in trials)]
-    csv.writer(file, lineterminator="\n").writerows([map(_guarded, row) for row in rows])
+    used = {name for trial in trials for name in settings(trial)}
+    names = [*WHAT, *sorted(used - {*WHAT}), *OUTCOME, *CIRCUMSTANCES]
+    rows, file = [[trial.get(name, "") for name in names] for trial in trials], io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(map(_guarded, row) for row in [names, *rows])
     return file.getvalue()
 
 
@@ -137,18 +137,20 @@ def _guarded(text: str) -> str:
     return f"'{text}" if formula else text
 
 
-def settings(trial: Trial) -> frozenset[tuple[str, str]]:
+def settings(trial: Trial) -> Trial:
     """All that makes the run what it is, seeds and weights of the baseline included."""
-    rest = {*OUTCOME, *CIRCUMSTANCES, PLACE}
-    return frozenset((name, text) for name, text in trial.items() if text and name not in rest)
+    return {name: text for name, text in trial.items() if text and name not in NO_SETTINGS}
 
 
-def is_seed(name: str, trial: Trial) -> bool:
-    """Whether runs that differ in this setting repeat one experiment. Other weights of a baseline
-    repeat it if the baseline's settings are known.
+def experiment(trial: Trial) -> Trial:
+    """The settings without seeds: runs that share them repeat one experiment.
+
+    Other weights of a baseline are a seed if the baseline's settings are known.
     """
-    known = bool(trial.get("baseline_epochs")) and name == "baseline"
-    return known or name in ("seed", "score_seed", "baseline_seed", "baseline_score_seed")
+    seeds = {"seed", "score_seed", "baseline_seed", "baseline_score_seed"}
+    if trial.get("baseline_epochs"):
+        seeds.add("baseline")
+    return {name: text for name, text in settings(trial).items() if name not in seeds}
 
 
 def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
@@ -156,58 +158,44 @@ def merge(kept: Iterable[Trial], new: Iterable[Trial]) -> list[Trial]:
 
     Raises InputError for two of ``new`` that should be the same and are not.
     """
-    found: dict[frozenset[tuple[str, str]], Trial] = {}
+    found: dict[frozenset, Trial] = {}
     for trial in new:
-        other = found.setdefault(settings(trial), trial)
+        other = found.setdefault(frozenset(settings(trial).items()), trial)
         if any(other.get(name) != trial.get(name) for name in OUTCOME):
             same = f"{other[PLACE]} and {trial[PLACE]} are the same experiment with the same seeds"
             raise InputError(f"{same}, but not the same results; leave one of them out")
-    merged = {settings(trial): trial for trial in kept} | found
-    names = ["seed", "score_seed", *sorted({name for key in merged for name, _ in key} - {*WHAT})]
+    merged = {frozenset(settings(trial).items()): trial for trial in kept} | found
+    used = {name for trial in merged.values() for name in settings(trial)}
+    names = ["seed", "score_seed", *sorted(used - {*WHAT})]
 
     def order(trial: Trial) -> list[Any]:
         """Criteria as they are registered; of the sizes, the largest network first."""
-        seeds = [name for name in names if is_seed(name, trial)]
-        others = [name for name in names if name not in seeds]
-        keys = ("net", "dataset", "method"), ("criterion", *others), seeds
-        place, way, seed = ([natural(trial.get(name, "")) for name in part] for part in keys)
-        rank = [*CRITERIA, trial["criterion"]].index(trial["criterion"])
+        setup, rank = experiment(trial), [*CRITERIA, trial["criterion"]].index(trial["criterion"])
+        place = [natural(trial[name]) for name in ("net", "dataset", "method")]
+        way = [natural(setup.get(name, "")) for name in ("criterion", *names)]
         asked = float(trial["asked"] or 0) * (1 if trial["asked_of"] == "p" else -1)
-        return [place, rank, way, trial["asked_of"], asked, seed]
+        seeds = [natural(trial.get(name, "")) for name in names]
+        return [place, rank, way, trial["asked_of"], asked, seeds]
 
     return sorted(merged.values(), key=order)
 
 
-def natural(text: str) -> list[tuple[bool, float, str]]:
+def natural(text: str) -> list[tuple[float, str]]:
     """A key that sorts the numbers within a text by size."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
-    return [(i % 2 == 1, float(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
-
-
-class Spread(NamedTuple):
-    """Mean, and sample standard deviation; None of a single value."""
-
-    mean: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)  # every other part is a number
+    return [(float(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 class Row(NamedTuple):
     """An experiment: runs that differ in nothing but their seeds.
 
-    ``also`` has in words the settings without a column in which rows differ; ``percent`` has
-    accuracies by name, and the shares that ``macs``, ``params`` and every channel group keep.
+    ``also`` has in words the settings without a column in which rows differ. ``percent`` has a
+    value per run: accuracies by name, and what ``macs``, ``params`` and every channel group keep.
     """
 
     runs: list[Trial]
     also: tuple[str, ...]
-    percent: dict[str, Spread]
+    percent: dict[str, list[float]]
 
     def text(self, column: str) -> str:
         """Of a column that is the same in all runs."""
@@ -220,21 +208,24 @@ class Row(NamedTuple):
         return f"p {share}" if kind == "p" or not share else f"{kind} {100 * float(share):g} %"
 
 
-def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], Trial]:
-    """A row per experiment, in the order of the runs; and the settings without a column that are
-    the same in all of them.
-    """
-    groups: dict[frozenset[tuple[str, str]], list[Trial]] = {}
+def make_rows(trials: Sequence[Trial]) -> tuple[list[Row], list[str]]:
+    """A row per experiment, in order; and in words the settings without a column that all share."""
+    groups: dict[frozenset, list[Trial]] = {}
     for trial in trials:
-        key = frozenset(s for s in settings(trial) if not is_seed(s[0], trial))
-        groups.setdefault(key, []).append(trial)
+        groups.setdefault(frozenset(experiment(trial).items()), []).append(trial)
     same, rows = frozenset.intersection(*groups), []
     for key, runs in groups.items():
-        also = tuple(words(*s) for s in sorted(key - same) if s[0] not in COLUMNS)
+        also = tuple(_in_words(key - same))
         found = [_percent(run) for run in runs]
-        numbers = {n: [f[n] for f in found] for n in found[0] if all(n in f for f in found)}
-        rows.append(Row(runs, also, {name: Spread.of(of) for name, of in numbers.items()}))
-    return rows, {name: text for name, text in sorted(same) if name not in COLUMNS}
+        names = [name for name in found[0] if all(name in of for of in found)]
+        rows.append(Row(runs, also, {name: [of[name] for of in found] for name in names}))
+    return rows, _in_words(same)
+
+
+def _in_words(key: frozenset[tuple[str, str]]) -> list[str]:
+    """Settings without a column; a switch is its name."""
+    others = [(name, text) for name, text in sorted(key) if name not in COLUMNS]
+    return [name if text == "True" else f"{name} {text}" for name, text in others]
 
 
 def _percent(run: Trial) -> dict[str, float]:
@@ -242,11 +233,6 @@ def _percent(run: Trial) -> dict[str, float]:
     tuned = "best" if run.get("chosen_on") == "holdout" else "last"
     top1 = {name: run.get(f"top1_{tuned if name == 'fine_tuned' else name}") for name in SHOWN}
     sizes = [(of, run.get(f"{of}_after"), run.get(f"{of}_before")) for of in COSTS]
-    sizes += WIDTHS.findall(run.get("channels", ""))
+    sizes += re.findall(r"(\S+):(\d+)/([1-9]\d*)", run.get("channels", ""))  # after/before
     kept = {name: 100 * float(now) / float(before) for name, now, before in sizes if now and before}
     return kept | {name: float(text) for name, text in top1.items() if text}
-
-
-def words(name: str, text: str) -> str:
-    """A setting; a switch is its name."""
-    return name if text == "True" else f"{name} {text}"
