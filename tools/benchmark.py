@@ -1,10 +1,10 @@
 """Measure how fast it is, here and now: ours against the usual way, in one process, in turn.
 
-    python -m tools.benchmark data --folder my_images/train
-    python -m tools.benchmark train --net gatevgg16
-    python -m tools.benchmark prune --net resnet50 --bs 32
-    python -m tools.benchmark gain --net gatevgg16 --macs 0.5 --bs 64
-    python -m tools.benchmark scale --net gateresnet56
+    python -m tools.benchmark data --folder my_images/train   how many images a second come in
+    python -m tools.benchmark train --net gatevgg16           how many images a second train
+    python -m tools.benchmark prune --net resnet50 --bs 32    scoring and cutting, against one pass
+    python -m tools.benchmark gain --macs 0.5 --bs 64         saved multiply-adds as saved time
+    python -m tools.benchmark scale --net gateresnet56        two ranks against one
 
 Tables give medians, interquartile ranges, and how many times as fast as the first line the others
 are: the ratio of the medians, with the lowest and the highest ratio of a single round. Close other
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import os
 import sys
 import tempfile
@@ -33,10 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models import NETWORKS
-from models.gate import deployable
 from tools import export, measures
 from utils.cli.flags import add_device_flags
-from utils.cli.parser import Parser, count, count_or_zero, network, ratio, run_script, share
+from utils.cli.parser import Parser, count, count_or_zero, network, run_script, share
 from utils.cost import model_cost
 from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_images
@@ -54,12 +52,18 @@ from utils.surgery import prune as prune_network
 Args, Compare, Comparisons = argparse.Namespace, Callable[..., dict], Iterator[dict[str, Any]]
 RANKS = 2
 ROUND_TO = (1, 8, 16)
-# The flags of train.py.
-SPEEDUPS = ("--no_channels_last", "", "--compile --fused", "--amp bf16", "--amp bf16 --compile")
+SPEEDUPS = {  # by the flags of train.py
+    "--no_channels_last": Acceleration(),
+    "ours": Acceleration(channels_last=True),
+    "--compile --fused": Acceleration(channels_last=True, compile=True, fused=True),
+    "--amp bf16": Acceleration("bf16", channels_last=True),
+    "--amp bf16 --compile": Acceleration("bf16", channels_last=True, compile=True),
+    "--amp bf16 --compile --fused": Acceleration("bf16", True, compile=True, fused=True),
+}
 
 
 def data(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """How many images a second come in: ours against PIL images one by one from a DataLoader.
+    """Ours against PIL images one by one from a DataLoader.
 
     Small images are in memory. With --folder, large ones, too, by as many worker processes.
     """
@@ -102,24 +106,18 @@ def ways_in(usual: Dataset, crop: Any, ours: Any, workers: int) -> dict[str, Cal
 
 
 def train(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """How many images a second train: our loop against a plain one, eager, in float32.
-
-    The plain loop runs the network without gates and asks for the loss and the hits of every batch.
-    """
+    """Our loop, with flags of train.py, against a plain one, eager, in float32, without gates."""
     plain = measures.training(args, runtime, gates=False)
     runs = {"plain loop": partial(measures.plain_epoch, *plain)}
-    for flags in (*SPEEDUPS, f"{SPEEDUPS[-1]} --fused"):
-        switches = (f"--{flag}" in flags for flag in ("compile", "fused"))
-        by_pixel = "--no_channels_last" not in flags
-        acceleration = Acceleration("bf16" if "bf16" in flags else None, by_pixel, *switches)
+    for name, acceleration in SPEEDUPS.items():
         if not (acceleration.compile and args.no_compile):
             here = select_runtime(runtime.device.type, runtime.gpus, acceleration=acceleration)
-            runs[flags or "ours"] = partial(measures.our_epoch, *measures.training(args, here))
+            runs[name] = partial(measures.our_epoch, *measures.training(args, here))
     yield compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
 
 
 def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """What it costs to score, select and cut, against one bare forward and backward of that batch.
+    """Score, select and cut half, against one bare forward and backward of that batch.
 
     Once more with --checkpoint_activations, and by torch-pruning: dependency graph, Taylor
     importance, prune. It and the bare pass run without gates. Memory is the most that was
@@ -130,10 +128,11 @@ def prune(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     runs["ours, recomputed"] = partial(ours, checkpoint_activations=True)
     if find_spec("torch_pruning"):  # it is in requirements-dev.txt
         runs["torch-pruning"] = measures.with_torch_pruning
-    models = {g: measures.fresh_model(args.net, g).to(runtime.device) for g in (True, False)}
+    gated = measures.fresh_model(args.net).to(runtime.device)
+    plain = measures.fresh_model(args.net, gates=False).to(runtime.device)
 
     def prepare(name: str) -> tuple[Any, ...]:
-        return copy.deepcopy(models[name.startswith("ours")]), *batch, args.p
+        return copy.deepcopy(gated if name.startswith("ours") else plain), *batch
 
     comparison = compare(f"{args.net}, batch {args.bs}", args.bs, runs, prepare=prepare)
     for name, run in runs.items():
@@ -151,50 +150,49 @@ def gain(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
     export.check_onnx()
     batch, size = measures.noise_batch(args, runtime), measures.image_size(args)
     whole = measures.fresh_model(args.net).to(runtime.device)
-    saliency, before = channel_saliency(whole, *batch), {"macs": model_cost(whole, size).macs}
-    networks, fewer, facts = {"unpruned": whole}, {}, {}
+    saliency, before = channel_saliency(whole, *batch), vars(model_cost(whole, size))
     activations = measures.activations(whole, batch[0][:1])
+    networks, fewer, facts = {"unpruned": whole}, {}, {}
     for step in ROUND_TO:
-        goal, name = Goal("macs", args.macs, round_to=step), f"--round_to {step}"
-        plan = select(whole, saliency, goal, size, before)
-        networks[name] = prune_network(copy.deepcopy(whole), plan)
-        fewer[name] = before["macs"] / model_cost(networks[name], size).macs
-        narrower = activations / measures.activations(networks[name], batch[0][:1])
+        plan = select(whole, saliency, Goal("macs", args.macs, round_to=step), size, before)
+        name = f"--round_to {step}"
+        networks[name] = cut = prune_network(copy.deepcopy(whole), plan)
+        fewer[name] = before["macs"] / model_cost(cut, size).macs
+        narrower = activations / measures.activations(cut, batch[0][:1])
         facts[name] = f"{fewer[name]:.2f} times fewer multiply-adds, {narrower:.2f} activations"
 
-    def compared(title: str, images: int, runs: dict[str, Callable], *inputs: Any) -> dict:
+    def compared(title: str, runs: dict[str, Callable], *inputs: Tensor) -> dict:
+        images = len(inputs[0])
         title = f"{args.net}, {title}, batch {images}"
         found = compare(title, images, runs, prepare=lambda name: inputs, seconds=0.1)
         for row in found["contenders"][1:]:
-            part = row["speed"] / fewer[name := row["name"]]
+            name = row["name"]
+            part = row["speed"] / fewer[name]
             found["facts"][name] = f"{facts[name]}; {part:.2f} of the first is saved time"
         return found
 
-    for ending in ("pt2", "onnx"):
-        runs = {name: exported(network, size, ending) for name, network in networks.items()}
-        for images in (batch[0][:1], batch[0])[args.bs == 1 :]:
-            yield compared(ending, len(images), runs, images)
+    for kind in ("pt2", "onnx"):
+        runs = {name: exported(network, size, kind) for name, network in networks.items()}
+        for images in sorted({1, args.bs}):
+            yield compared(kind, runs, batch[0][:images])
     for amp in (None, "bf16"):
         here = replace(runtime, acceleration=Acceleration(amp, channels_last=True))
         copies = {name: copy.deepcopy(network).train() for name, network in networks.items()}
         runs = {n: Trainer(network, CIFAR_BASELINE, here).step for n, network in copies.items()}
-        yield compared(f"training in {amp or 'float32'}", args.bs, runs, *batch)
+        yield compared(f"training in {amp or 'float32'}", runs, *batch)
 
 
-def exported(model: nn.Module, size: int, ending: str) -> Callable[[Tensor], Tensor]:
-    """The network as a user of its file has it: read back. ONNX runs on the CPU."""
-    device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory() as folder:
-        export.write(deployable(model.cpu()), size, file := Path(folder) / f"network.{ending}")
-        network = export.read(file)
-    model.to(device)
-    return torch.inference_mode()(network.to(device).forward if ending == "pt2" else network)
+def exported(model: nn.Module, size: int, kind: str) -> export.Network:
+    """The network as a user of its file has it. ONNX runs on the CPU."""
+    network, _ = export.exported(copy.deepcopy(model).cpu(), size, kind)
+    if kind == "pt2":
+        network = network.to(next(model.parameters()).device).forward
+    return torch.inference_mode()(network)
 
 
 def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """How many images a second train on one rank and on two, which share every batch.
-
-    On the CPU a rank has one thread, and one rank with two is measured beside it.
+    """One rank and two, which share every batch. On the CPU, a rank has one thread; and one rank
+    with two threads.
     """
     replace(runtime, world_size=RANKS).share(args.bs, "--bs")
     if runtime.device.type != "cpu" and torch.cuda.device_count() < RANKS:
@@ -212,58 +210,47 @@ def _rank(rank: int, args: Args, device: str, compare: Compare, folder: str) -> 
     together = select_runtime(device, args.gpu)
     alone = replace(together, rank=0, world_size=1)
 
-    def run(ranks: int, threads: int, trainer: Trainer, batches: ImageBatches) -> None:
+    def run(here: Runtime, threads: int, trainer: Trainer, batches: ImageBatches) -> None:
         torch.set_num_threads(threads)
-        if rank < ranks:
+        if rank < here.world_size:
             measures.our_epoch(trainer, batches)
         dist.barrier()  # all begin the next run together
 
-    ways = {"1 rank": (1, 1, alone), f"{RANKS} ranks": (RANKS, 1, together)}
+    ways = {"1 rank": (alone, 1), f"{RANKS} ranks": (together, 1)}
     if device == "cpu":
-        ways["1 rank, 2 threads"] = (1, 2, alone)
-    runs = {n: partial(run, *way[:2], *measures.training(args, way[2])) for n, way in ways.items()}
+        ways["1 rank, 2 threads"] = (alone, 2)
+    runs = {
+        name: partial(run, here, threads, *measures.training(args, here))
+        for name, (here, threads) in ways.items()
+    }
     result = compare(f"{args.net}, batch {args.bs}", args.batches * args.bs, runs)
     if together.is_main:
         torch.save(result, f"{folder}/comparison")
     leave()
 
 
-QUESTIONS = {  # and their flags
-    data: "images bs workers folder",
-    train: "net bs image_size batches no_compile",
-    prune: "net bs image_size p",
-    gain: "net bs image_size macs",
-    scale: "net bs image_size batches",
-}
-FLAGS: dict[str, tuple] = {  # type, default, help
-    "net": (network(list(NETWORKS)), "gatevgg16", "the network"),
-    "bs": (count, 128, "images in a batch"),
-    "image_size": (count, None, "side of the images; by default 224 for ImageNet, else 32"),
-    "images": (count, 20000, "small images an epoch"),
-    "workers": (count_or_zero, 2, "processes of every DataLoader; 0: none, to profile them"),
-    "folder": (str, None, "large images, in FOLDER/<class>/"),
-    "batches": (count, 5, "batches a round"),
-    "no_compile": (bool, False, "leave the compiled ones out"),
-    "p": (ratio, 0.5, "how much is cut of fresh weights"),
-    "macs": (share, 0.5, "share of the multiply-adds of fresh weights that stays"),
-    "rounds": (count, 7, "how often each contender is timed"),
-    "profile": (bool, False, "look at what the time is spent on, too"),
-    "json": (str, None, "write every single time into this file, too"),
-}
+QUESTIONS = {"data": data, "train": train, "prune": prune, "gain": gain, "scale": scale}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
     parser = Parser(description=__doc__, prog="python -m tools.benchmark")
-    questions = parser.add_subparsers(required=True, metavar="QUESTION")
-    for ask, names in QUESTIONS.items():
-        text = inspect.getdoc(ask)
-        question = questions.add_parser(ask.__name__, help=text.split("\n")[0], description=text)
-        question.set_defaults(ask=ask)
-        for name in f"{names} rounds profile json".split():
-            kind, default, summary = FLAGS[name]
-            how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
-            question.add_argument(f"--{name}", help=summary, **how)
-        add_device_flags(question)
+    parser.add_argument("question", choices=QUESTIONS)
+    add = parser.add_argument
+    add("--bs", type=count, default=128, help="images in a batch")
+    add("--rounds", type=count, default=7, help="how often each contender is timed")
+    add("--profile", action="store_true", help="look at what the time is spent on, too")
+    add("--json", metavar="FILE", help="write every single time into this file, too")
+    add = parser.add_argument_group("data").add_argument
+    add("--images", type=count, default=20000, help="small images an epoch")
+    add("--folder", help="large images, in FOLDER/<class>/")
+    add("--workers", type=count_or_zero, default=2, help="of every DataLoader; 0: to profile them")
+    add = parser.add_argument_group("all but data").add_argument
+    add("--net", type=network([*NETWORKS]), default="gatevgg16", help="the network")
+    add("--image_size", type=count, help="side of the images (default: 32, or 224 for ImageNet)")
+    add("--batches", type=count, default=5, help="batches a round (train, scale)")
+    add("--no_compile", action="store_true", help="leave the compiled ones out (train)")
+    add("--macs", type=share, default=0.5, help="share of the multiply-adds that stays (gain)")
+    add_device_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -280,7 +267,7 @@ def main(args: Args) -> dict[str, Any]:
     print(f"{runtime}; {args.rounds} rounds", flush=True)
     compare = partial(measures.compare, rounds=args.rounds, profiled=args.profile)
     comparisons = []
-    for comparison in args.ask(args, runtime, compare):
+    for comparison in QUESTIONS[args.question](args, runtime, compare):
         comparisons.append(comparison)
         print(f"\n{measures.as_text(comparison)}", flush=True)
     result = {"command": command_line(), "versions": versions(), "device": str(runtime)}

@@ -60,9 +60,8 @@ class Exported(nn.Module):
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             how = "tools.export writes it beside its file"
             raise InputError(f"{path}.json does not describe {path} ({error!r}); {how}") from None
-        network = read(path)
         # In a tuple: modules of torch.export refuse train and eval.
-        self.network = (network.to(device) if isinstance(network, nn.Module) else network,)
+        self.network = (read(path, device),)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network[0](images).to(images.device)
@@ -105,27 +104,27 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(path: Path, args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """Everything about one file."""
-    if path.suffix in (".pt2", ".onnx"):
-        network = model = Exported(path, runtime.device)
-        file, channels = Checkpoint(model, model.meta), {}
+    exported = path.suffix in (".pt2", ".onnx")
+    if exported:
+        model, channels = Exported(path, runtime.device), {}
+        file = Checkpoint(model, model.meta)
     else:
         file = load_checkpoint(path, args.net)
-        model = file.model.float().eval()
-        network = runtime.for_evaluation(model)
+        model = runtime.for_evaluation(file.model.float().eval())
         widths = group_widths(model)
         channels = {g.name: [widths[g.name], g.width] for g in structure(model).groups}
     net = structure(model).net
     usual = file.meta.get("image_size") or (224 if net in IMAGENET_NETWORKS else 32)
     size = args.image_size or usual
-    if isinstance(model, Exported) and size != usual:
+    if exported and size != usual:
         raise InputError(f"--image_size {size}: {path} takes images of {usual} pixels only")
-    cost = model.cost if isinstance(model, Exported) else model_cost(model, size)
+    cost = model.cost if exported else model_cost(model, size)
     numbers, by_class = {}, {}
     with torch.inference_mode(), folded_gates(model):
         if args.data:
             batches, classes = load_batches(file, size, args, runtime)
             with closing(batches) if hasattr(batches, "close") else nullcontext():
-                metrics, hits = evaluate(network, batches, len(classes), runtime)
+                metrics, hits = evaluate(model, batches, len(classes), runtime)
             numbers = {"top-1, %": metrics.accuracy, "top-5, %": metrics.top5}
             numbers |= {"loss": metrics.loss, "images": metrics.images}
             by_class = dict(zip(classes, hits, strict=True)) if args.per_class else {}
@@ -133,7 +132,7 @@ def measure(path: Path, args: argparse.Namespace, runtime: Runtime) -> dict[str,
         numbers["MB"] = path.stat().st_size / 1e6
         for batch in BATCHES:
             images = torch.randn(batch, 3, size, size, device=runtime.device)
-            numbers[f"ms, batch {batch}"] = 1e3 * seconds(partial(network, images))
+            numbers[f"ms, batch {batch}"] = 1e3 * seconds(partial(model, images))
     row = {"file": str(path), "net": net, "image_size": size, "numbers": numbers}
     return row | {"top-1 by class, %": by_class, "channels": channels}
 
@@ -166,12 +165,12 @@ def load_batches(
 
 
 def evaluate(
-    network: nn.Module, batches: Batches, classes: int, runtime: Runtime
+    model: nn.Module, batches: Batches, classes: int, runtime: Runtime
 ) -> tuple[Metrics, list[float | None]]:
     """The metrics, and the top-1 accuracy of every class in %; None for one without images."""
     tally, seen, right = RunningMetrics(runtime), torch.zeros(classes), torch.zeros(classes)
     for number, (images, labels) in enumerate(tally.follow(batches, "evaluate"), start=1):
-        logits = network(images)
+        logits = model(images)
         tally.add(logits, labels, F.cross_entropy(logits, labels), number)
         seen += labels.bincount(minlength=classes).cpu()
         right += labels[logits.argmax(1) == labels].bincount(minlength=classes).cpu()
@@ -182,16 +181,17 @@ def evaluate(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Numbers, accuracies by class and channels by group: a column per file."""
-    lines = [f"({i}) {row['file']}: {row['net']}" for i, row in enumerate(rows, start=1)]
     titles = ("numbers", "top-1 by class, %", "channels")
     width = max(len(name) for title in titles for row in rows for name in (title, *row[title]))
+    heads = [f"({i})" for i in range(1, len(rows) + 1)]
+    lines = [f"{head} {row['file']}: {row['net']}" for head, row in zip(heads, rows, strict=True)]
     for title in titles:
         names = dict.fromkeys(name for row in rows for name in row[title])
-        heads = [f"({i})" for i in range(1, len(rows) + 1)]
-        part = [[title, *heads]] if names else []
-        part += [[name, *(_cell(row[title].get(name)) for row in rows)] for name in names]
-        lines += [""] * bool(names)
-        lines += [f"{name:{width}}" + "".join(f"{c:>12}" for c in cells) for name, *cells in part]
+        part = {name: [_cell(row[title].get(name)) for row in rows] for name in names}
+        if part:
+            lines.append("")
+            part = {title: heads, **part}
+        lines += [f"{name:{width}}" + "".join(f"{c:>12}" for c in part[name]) for name in part]
     return "\n".join(lines)
 
 

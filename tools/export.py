@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from models import structure
 from models.gate import deployable
@@ -70,11 +69,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{source} does not say how large its images are; give --image_size")
     description = describe(checkpoint, source, size, settings.normalisation(args))
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"network.{args.format}"
-        write(deployable(checkpoint.model), size, file)
-        difference = largest_difference(checkpoint.model, read(file), size)
-        content = file.read_bytes()
+    network, content = exported(checkpoint.model, size, args.format)
+    difference = largest_difference(checkpoint.model, network, size)
     if not difference <= TOLERANCE:
         found = f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}"
         raise RunError(f"{source}: the exported network's {found}; nothing is written")
@@ -106,8 +102,8 @@ def largest_difference(model: nn.Module, run: Network, size: int) -> float:
 
     Infinite where the logits are all 0, not a number, or of another shape.
     """
-    stream = torch.Generator().manual_seed(0)
-    model, found = model.float().eval(), []
+    stream, found = torch.Generator().manual_seed(0), []
+    model.float().eval()
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, size, size, generator=stream)
         with torch.no_grad():
@@ -118,26 +114,32 @@ def largest_difference(model: nn.Module, run: Network, size: int) -> float:
     return torch.stack(found).nan_to_num(torch.inf).max().item()
 
 
-def write(network: GraphModule, size: int, file: Path) -> None:
-    """Write a network on the CPU, for images of ``size`` pixels; the ending says the format."""
-    example, free = (torch.randn(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
-    if file.suffix == ".pt2":
-        with warnings.catch_warnings():
-            # torch warns about weights in channels_last, but stores them completely.
-            warnings.filterwarnings("ignore", "No complete tensor found")
-            exported = torch.export.export(network, example, dynamic_shapes=free)
-            torch.export.save(exported, file)
-    else:
-        check_onnx()
-        options = {"dynamo": True, "external_data": False, "verbose": False}
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(network, example, file, dynamic_shapes=free, **names, **options)
+def exported(model: nn.Module, size: int, kind: str) -> tuple[Network, bytes]:
+    """A network as it is read back from its file, and the content of the file.
+
+    The network is on the CPU and takes images of ``size`` pixels; ``kind`` is "pt2" or "onnx".
+    """
+    network, example = deployable(model), torch.randn(2, 3, size, size)
+    how = {"args": (example,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"network.{kind}"
+        if kind == "pt2":
+            with warnings.catch_warnings():
+                # torch warns about weights in channels_last, but stores them completely.
+                warnings.filterwarnings("ignore", "No complete tensor found")
+                torch.export.save(torch.export.export(network, **how), file)
+        else:
+            check_onnx()
+            names = {"input_names": ["images"], "output_names": ["logits"]}
+            how |= {"dynamo": True, "external_data": False, "verbose": False}
+            torch.onnx.export(network, f=file, **names, **how)
+        return read(file), file.read_bytes()
 
 
-def read(file: Path) -> Network:
-    """The network of a .pt2 or .onnx file, on the CPU."""
+def read(file: Path, device: torch.device | str = "cpu") -> Network:
+    """The network of a .pt2 or .onnx file; ONNX runs on the CPU."""
     if file.suffix == ".pt2":
-        return torch.export.load(file).module()
+        return torch.export.load(file).module().to(device)
     check_onnx()
     import onnxruntime
 

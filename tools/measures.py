@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, get_num_threads, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 
 from models import IMAGENET_NETWORKS, Gate, build_model, channel_groups, structure
@@ -42,45 +43,40 @@ def compare(
 ) -> dict[str, Any]:
     """Time the runs in turn, each once off the clock and once on it in every round.
 
-    Every round begins with another one, so that what else the machine does disturbs all alike.
-    Each goes through ``images`` with the arguments that ``prepare`` makes for its name, off the
-    clock. Short runs are repeated until a round has measured ``seconds`` of them; 0 means one run.
-    ``profiled``: each runs once more, to show which operators take the time.
+    Every round begins with another one, so that what else the machine does disturbs all alike. A
+    run goes through ``images``, with the arguments that ``prepare`` makes for its name, off the
+    clock. A round repeats a short run until it took ``seconds``. ``profiled``: each runs once more,
+    to show which operators take the time.
 
-    A "speed" is how many times as fast as the first run another is: the ratio of the medians, and
-    the lowest and the highest ratio of a round.
+    A "speed" is the ratio of the median times of the first run and another; "rounds" has the lowest
+    and the highest ratio of a round.
     """
     from torch.utils.benchmark import Measurement, Timer
 
-    names, rows, profiles = list(runs), [], {}
-    times: dict[str, list[Measurement]] = {name: [] for name in names}
-    for turn in range(rounds):
-        turn %= len(names)
-        for name in names[turn:] + names[:turn]:
+    times: dict[str, list[Measurement]] = {name: [] for name in runs}
+    order = deque(runs)
+    for _ in range(rounds):
+        for name in order:
             known = {"run": runs[name], "prepare": prepare, "name": name}
-            statements, threads = (
-                ("run(*arguments)", "arguments = prepare(name)"),
-                get_num_threads(),
-            )
-            timer = Timer(*statements, globals=known, num_threads=threads)
+            setup = {"setup": "arguments = prepare(name)", "num_threads": get_num_threads()}
+            timer = Timer("run(*arguments)", globals=known, **setup)
             times[name].append(timer.blocked_autorange(min_run_time=seconds))
-    first = [result.median for result in times[names[0]]]
-    for name, results in times.items():
-        each = [result.median for result in results]
+        order.rotate(-1)
+    medians = {name: [round.median for round in found] for name, found in times.items()}
+    first, rows, profiles = next(iter(medians.values())), [], {}
+    for name, each in medians.items():
         ratios = [a / b for a, b in zip(first, each, strict=True)]
         row = {"name": name, "seconds": each, "median": median(each)}
-        row |= {
-            "iqr": Measurement.merge(results)[0].iqr,
-            "images_per_second": images / median(each),
-        }
+        row |= {"iqr": Measurement.merge(times[name])[0].iqr}
+        row |= {"images_per_second": images / median(each)}
         row |= {"speed": median(first) / median(each), "rounds": [min(ratios), max(ratios)]}
         rows.append(row)
-    for name in names if profiled else ():
-        arguments, kind = prepare(name), "device" if torch.cuda.is_available() else "cpu"
+    sort = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
+    for name in runs if profiled else ():
+        arguments = prepare(name)
         with profile() as watched:
             runs[name](*arguments)
-        table = watched.key_averages().table
-        profiles[name] = table(f"self_{kind}_time_total", 10, max_name_column_width=40)
+        profiles[name] = watched.key_averages().table(sort, 10, max_name_column_width=40)
     return {"title": title, "images": images, "contenders": rows, "facts": {}, "profiles": profiles}
 
 
@@ -88,10 +84,12 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     """The table of what ``compare`` returned, with the "facts" that were added."""
     rows, title = comparison["contenders"], comparison["title"]
     width = max(len(name) for name in [title, *(row["name"] for row in rows)])
-    numbers = "{median:8.4f}  {iqr:8.4f}  {images_per_second:9.0f}  {speed:6.2f}"
-    form = f"{{name:{width}}}  {numbers}  ({{rounds[0]:.2f}}, {{rounds[1]:.2f}})"
     lines = [f"{title:{width}}   seconds       iqr   images/s   speed  (lowest, highest round)"]
-    lines += [form.format(**row) for row in rows]
+    for row in rows:
+        numbers = f"{row['median']:8.4f}  {row['iqr']:8.4f}  {row['images_per_second']:9.0f}"
+        low, high = row["rounds"]
+        spread = f"{row['speed']:6.2f}  ({low:.2f}, {high:.2f})"
+        lines.append(f"{row['name']:{width}}  {numbers}  {spread}")
     lines += [f"{name}: {value}" for name, value in comparison["facts"].items()]
     lines += [f"\n{name}:\n{table}" for name, table in comparison["profiles"].items()]
     return "\n".join(lines)
@@ -99,13 +97,14 @@ def as_text(comparison: Mapping[str, Any]) -> str:
 
 def activations(model: nn.Module, images: Tensor) -> int:
     """How many numbers come out of all BatchNorms for these images."""
-    sizes: list[int] = []
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    hooks = [n.register_forward_hook(lambda *call: sizes.append(call[2].numel())) for n in norms]
-    with torch.no_grad():
+    sizes = []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if isinstance(module, _BatchNorm):
+            sizes.append(output.numel())
+
+    with torch.no_grad(), register_module_forward_hook(note):
         model.eval()(images)
-    for hook in hooks:
-        hook.remove()
     return sum(sizes)
 
 
@@ -183,22 +182,22 @@ def our_epoch(trainer: Trainer, batches: ImageBatches) -> tuple[float, float]:
     return metrics.loss, metrics.accuracy
 
 
-def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, _: float = 0) -> None:
+def forward_backward(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     F.cross_entropy(model.train()(images), labels).backward()
 
 
 def score_select_cut(
-    model: nn.Module, images: Tensor, labels: Tensor, p: float, **scoring: bool
+    model: nn.Module, images: Tensor, labels: Tensor, p: float = 0.5, **scoring: bool
 ) -> nn.Module:
     saliency = channel_saliency(model, images, labels, **scoring)
     return prune(model, select_channels(channel_groups(model), saliency, p))
 
 
-def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor, p: float) -> nn.Module:
+def with_torch_pruning(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
     from torch_pruning import importance, pruner
 
     head, taylor = model.get_submodule(structure(model).head), importance.GroupTaylorImportance()
-    options = {"global_pruning": True, "pruning_ratio": p, "ignored_layers": [head]}
+    options = {"global_pruning": True, "pruning_ratio": 0.5, "ignored_layers": [head]}
     pruning = pruner.BasePruner(model, images[:1], taylor, **options)
     forward_backward(model, images, labels)
     pruning.step()

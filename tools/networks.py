@@ -1,11 +1,9 @@
 """Try every classifier of torchvision that has BatchNorm, and twenty networks of timm.
 
-    python -m tools.networks docs/networks.md                 all of them; what stands below a
-                                                              heading in the page stays
-    python -m tools.networks resnet18.md --only resnet18      one of them
+    python -m tools.networks docs/networks.md
 
-Half of the channels go, chosen at random. The pruned network must compute what the masked one does,
-in float64. Needs requirements-dev.txt.
+What stands below a heading in the page stays. Half of the channels go, chosen at random. The pruned
+network must compute what the masked one does, in float64. Needs requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import argparse
 import multiprocessing
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from models import channel_groups, from_torchvision, structure, torchvision_networks
-from models.gate import deployable
 from models.trace import trace
 from tools import export
 from tools.measures import with_torch_pruning
@@ -67,27 +63,25 @@ result runs, or its error.
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, prog="python -m tools.networks")
     parser.add_argument("page", help="the Markdown file to write")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these only; timm's as timm:NAME")
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Write the page, and return how many networks are not exact."""
-    names = args.only or [name for name in torchvision_networks() if not WITHOUT_NORM.match(name)]
-    names += [] if args.only else [f"timm:{name}" for name in TIMM.split()]
+def main(args: argparse.Namespace) -> None:
+    """Write the page, anew after every network."""
+    names = [name for name in torchvision_networks() if not WITHOUT_NORM.match(name)]
+    names += [f"timm:{name}" for name in TIMM.split()]
     page = Path(args.page)
     _, heading, below = (page.read_text() if page.exists() else "").partition("\n## ")
     text, exact = TITLE.format(page=args.page, torch=torch.__version__), 0
     for name in names:
-        ours = apart(cut_in_half, name)
-        ours += ["-"] * (5 - len(ours))  # an error stands alone
-        row = [*ours, *apart(cut_by_torch_pruning, name)]
-        text += f"| {name} | {' | '.join(row)} |\n"
+        ours, theirs = apart(cut_in_half, name), apart(cut_by_torch_pruning, name)
+        if len(ours) == 1:  # an error
+            ours += ["-"] * 4
+        text += f"| {' | '.join([name, *ours, *theirs])} |\n"
         exact += "exact" in ours[3]
-        print(name, *row, sep="  ", flush=True)
+        print(name, *ours, *theirs, sep="  ", flush=True)
         said = f"{exact} of {len(names)} are exact (below 1e-10)."
         write_text(page, f"{text}\n{said}\n{heading}{below}")
-    return len(names) - exact
 
 
 def apart(measure: Callable[[str], list[str]], name: str) -> list[str]:
@@ -98,9 +92,8 @@ def apart(measure: Callable[[str], list[str]], name: str) -> list[str]:
         except BrokenProcessPool:
             return ["its process was killed"]
         except Exception as error:
-            return [
-                f"{type(error).__name__}: {' '.join(str(error).split())[:90]}".replace("|", "/")
-            ]
+            said = " ".join(str(error).split())[:90].replace("|", "/")
+            return [f"{type(error).__name__}: {said}"]
 
 
 def network_of(name: str) -> tuple[nn.Module, int]:
@@ -117,33 +110,31 @@ def cut_in_half(name: str) -> list[str]:
     """Trace, mask and prune."""
     model, size = network_of(name)
     model = trace(model, torch.empty(1, 3, size, size), name).double().eval()
-    head = structure(model).head
+    head, groups, before = structure(model).head, channel_groups(model), model_cost(model, size)
     layers = {n: m for n, m in model.named_modules() if n != head and isinstance(m, MAKERS)}
     made = sum(m.weight.shape[getattr(m, "transposed", 0)] for m in layers.values())
-    free = sum(
-        g.outputs[n].numel() for g in channel_groups(model) for n in layers if n in g.outputs
-    )
+    free = sum(g.outputs[n].numel() for g in groups for n in layers if n in g.outputs)
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):
-            nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias, 0, 0.2)
+            nn.init.normal_(norm.weight, 1, 0.2)
+            nn.init.normal_(norm.bias, 0, 0.2)
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     saliency = channel_saliency(model, images, None, criterion="random")
-    plan, before = select_channels(channel_groups(model), saliency, 0.5), model_cost(model, size)
+    plan = select_channels(groups, saliency, 0.5)
     with torch.no_grad():
         expected = plan.apply_mask(model)(images)
         found = prune(model, plan)(images)  # of what was masked only zeros go
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
-    after, exported = model_cost(model, size), ""
+    after, in_file = model_cost(model, size), ""
     if name in EXPORTED.split():
-        with tempfile.TemporaryDirectory() as folder:
-            export.write(deployable(model), size, file := Path(folder) / "network.pt2")
-            exported = f"{export.largest_difference(model, export.read(file), size):.0e}"
+        network, _ = export.exported(model, size, "pt2")
+        in_file = f"{export.largest_difference(model, network, size):.0e}"
     return [
         f"{100 * free / made:.0f} %",
         f"{100 * after.macs / before.macs:.0f} %",
         f"{100 * after.params / before.params:.0f} %",
         f"{'exact' if difference < 1e-10 else 'differs'}, {difference:.0e}",
-        exported,
+        in_file,
     ]
 
 
@@ -152,7 +143,7 @@ def cut_by_torch_pruning(name: str) -> list[str]:
     model, size = network_of(name)
     trace(model, torch.empty(1, 3, size, size), name)  # names the classifier
     images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 1])
-    pruned = with_torch_pruning(model, images, labels, 0.5).eval()
+    pruned = with_torch_pruning(model, images, labels).eval()
     with torch.no_grad():
         pruned(images)
     return ["runs"]
