@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from functools import partial
+from pathlib import Path
 
 # One thread is fastest for networks of this size, in the suite and in the processes it starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,6 +42,14 @@ def trained(place, trained_once):
     """The folder of a trained network, in ``place``."""
     shutil.copytree(trained_once / "checkpoints", place / "checkpoints")
     return place / "checkpoints" / "gateresnet20_folder"
+
+
+@pytest.fixture
+def reachable():
+    """A folder that every user may enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

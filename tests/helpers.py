@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,20 +21,12 @@ from utils.checkpoint import load_model
 from utils.data.batches import Split
 from utils.data.small import image_batches
 from utils.distributed import Runtime
+from utils.errors import InputError
 from utils.pruning import PruningPlan
+from utils.run.folder import RunCallback
 
-COMMON = [
-    "--net",
-    "gateresnet20",
-    "--dataset",
-    "folder",
-    "--data_dir",
-    "images",
-    "--image_size",
-    "16",
-    "--device",
-    "cpu",
-]
+COMMON = ["--net", "gateresnet20", "--dataset", "folder", "--data_dir", "images"]
+COMMON += ["--image_size", "16", "--device", "cpu"]
 
 
 def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), images=6, size=(40, 36)):
@@ -53,6 +48,25 @@ def run_gfbs(*argv):
     return gfbs_cifar.main(gfbs_cifar.parse_args([*COMMON, "--bs", "8", "--epochs", "1", *argv]))
 
 
+class Killed(BaseException):
+    pass
+
+
+def die_after(moments, start, *argv, method="after_batch"):
+    """Start a run that dies when it has done so many batches (or epochs), as if it were killed."""
+    call, seen = getattr(RunCallback, method), []
+
+    def dies(self, *args):
+        call(self, *args)
+        seen.append(args)
+        if len(seen) == moments:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunCallback, method, dies)
+        start(*argv)
+
+
 def one_run(folder, name):
     """The folder of the only run whose name begins so; settings that are not usual follow."""
     (run,) = Path(folder).glob(f"{name}*")
@@ -61,6 +75,47 @@ def one_run(folder, name):
 
 def files(folder):
     return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def refusal(action, *args):
+    """The one line of an InputError."""
+    with pytest.raises(InputError) as error:
+        action(*args)
+    assert "\n" not in str(error.value), args
+    return str(error.value)
+
+
+@contextmanager
+def without(permission, *paths):
+    """Nobody has it for these paths, and who is root, who may do everything, is another user."""
+    modes, root = {path: path.stat().st_mode for path in paths}, os.geteuid() == 0
+    for path, mode in modes.items():
+        path.chmod(mode & ~permission)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def spy(monkeypatch, module, name, note=lambda *args, **options: (args, options)):
+    """Note something of every call of a function, which does its work; returns the notes."""
+    notes, original = [], getattr(module, name)
+
+    def noting(*args, **options):
+        notes.append(note(*args, **options))
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, noting)
+    return notes
+
+
+def copied_weights(model, *_, **__):
+    return copy.deepcopy(model.state_dict())
 
 
 def snapshot(folder):

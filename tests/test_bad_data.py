@@ -6,14 +6,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, make_folder, random_model
+from helpers import CPU, make_folder, random_model, refusal, without
 from PIL import Image
 
 import gfbs_cifar
@@ -26,13 +23,6 @@ from utils.data.folders import Crops, FolderBatches
 from utils.data.listing import list_folders
 from utils.data.small import load_data
 from utils.errors import InputError
-
-
-def refusal(action, *args):
-    """What an InputError says."""
-    with pytest.raises(InputError) as error:
-        action(*args)
-    return str(error.value)
 
 
 def test_a_single_class_is_refused(tmp_path):
@@ -78,29 +68,6 @@ def test_other_links_and_folders_within_a_class_are_followed(tmp_path):
     names += [f"cat/linked/{i}.png" for i in range(6)] + [f"dog/{i}.png" for i in range(6)]
     assert [path for path, _ in samples] == [f"{tmp_path}/images/train/{name}" for name in names]
     assert [label for _, label in samples] == [0] * 13 + [1] * 6
-
-
-@pytest.fixture
-def reachable():
-    """A folder that every user may enter, unlike pytest's."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
-@contextmanager
-def without(permission, path):
-    """Nobody has it for ``path``, and who is root, who may do everything, is another user."""
-    mode, root = path.stat().st_mode, os.geteuid() == 0
-    path.chmod(mode & ~permission)
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        path.chmod(mode)
 
 
 @pytest.mark.parametrize(

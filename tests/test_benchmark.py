@@ -73,17 +73,8 @@ def test_the_profile_names_operators():
 def test_both_ways_in_bring_the_same_images(tmp_path, outcomes, monkeypatch):
     seen = []
     monkeypatch.setattr(measures, "exhaust", lambda batches: seen.append(list(batches)))
-    run(
-        "data",
-        "--images",
-        "400",
-        "--bs",
-        "80",
-        "--workers",
-        "0",
-        "--folder",
-        str(make_folder(tmp_path) / "train"),
-    )
+    folder = str(make_folder(tmp_path) / "train")
+    run("data", "--images", "400", "--bs", "80", "--workers", "0", "--folder", folder)
     assert {title: list(ways) for title, ways in outcomes.items()} == dict.fromkeys(
         ["small images", "large images"], ["PIL one by one", "ours"]
     )

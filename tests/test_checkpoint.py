@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_batch, random_model, random_plan
+from helpers import random_batch, random_model, random_plan, refusal
 
 from models import NETWORKS
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.errors import InputError
-from utils.files import write_atomically
 from utils.surgery import prune
 
 ROOT = Path(__file__).parents[1]
@@ -33,21 +32,23 @@ def test_a_network_pruned_twice_rebuilds_itself(tmp_path, net):
         assert torch.equal(loaded.train(mode)(images), model.train(mode)(images))
 
 
-@pytest.mark.parametrize("net, times", [("gatevgg11", 0), ("gateresnet20", 2)])
-def test_a_fresh_process_gives_the_same_logits(tmp_path, net, times):
-    model = random_model(net, num_classes=7).eval()
-    for seed in range(times):
-        prune(model, random_plan(model, seed))
+def test_a_fresh_process_gives_the_same_logits(tmp_path):
+    whole, pruned = random_model("gatevgg11", 7).eval(), random_model("gateresnet20", 7).eval()
+    for seed in (1, 2):
+        prune(pruned, random_plan(pruned, seed))
     images, _ = random_batch(3)
-    save_checkpoint(tmp_path / "model.pth", model, accuracy=1.5)
+    save_checkpoint(tmp_path / "whole.pth", whole, accuracy=1.5)
+    save_checkpoint(tmp_path / "pruned.pth", pruned)
     torch.save(images, tmp_path / "images.pt")
     program = (
         "import sys, torch; from utils.checkpoint import load_model; folder = sys.argv[1];"
-        "model = load_model(folder + '/model.pth').eval();"
-        "torch.save(model(torch.load(folder + '/images.pt')), folder + '/logits.pt')"
+        "models = [load_model(f'{folder}/{name}.pth').eval() for name in ('whole', 'pruned')];"
+        "images = torch.load(folder + '/images.pt');"
+        "torch.save([model(images) for model in models], folder + '/logits.pt')"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))
+    for model, logits in zip((whole, pruned), torch.load(tmp_path / "logits.pt"), strict=True):
+        assert torch.equal(logits, model(images))
 
 
 def test_a_loaded_network_is_whole(tmp_path):
@@ -116,33 +117,6 @@ def test_a_pruned_file_without_its_plan_is_refused_with_that_reason(tmp_path):
         load_model(tmp_path / "p.pth")
 
 
-class Runs:
-    """A pickle that would run code."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-@pytest.mark.parametrize(
-    "content", ["missing", "empty", "text", "code", "tensor", "strange", "cut"]
-)
-def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "bad.pth"
-    if content in ("empty", "text"):
-        path.write_bytes(b"" if content == "empty" else b"not a checkpoint")
-    elif content == "cut":
-        save_checkpoint(path, random_model("gateresnet20"))
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif content != "missing":
-        made = {"code": {"net": Runs()}, "tensor": torch.ones(3), "strange": {"a": torch.ones(2)}}
-        torch.save(made[content], path)
-    with pytest.raises(InputError, match=r"bad\.pth") as error:
-        load_model(path)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_strange_state_dicts_are_explained(tmp_path):
     state = random_model("gateresnet20").state_dict()
     old = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
@@ -151,10 +125,12 @@ def test_strange_state_dicts_are_explained(tmp_path):
     torch.save({**state, "total_ops": torch.ones(1)}, tmp_path / "odd.pth")
     with pytest.raises(InputError, match="gateresnet20 comes nearest but for total_ops"):
         load_model(tmp_path / "odd.pth")
-    for name, strange in {"a": {}, "b": {1: torch.ones(1)}, "c": {"format": "gfbs/9"}}.items():
-        torch.save(strange, tmp_path / f"{name}.pth")
-        with pytest.raises(InputError, match=f"{name}.pth: "):
-            load_model(tmp_path / f"{name}.pth")
+    strange = [{}, {1: torch.ones(1)}, {"format": "gfbs/9"}, torch.ones(3), {"a": torch.ones(2)}]
+    for i, content in enumerate(strange):
+        torch.save(content, tmp_path / f"{i}.pth")
+        assert f"{i}.pth: " in refusal(load_model, tmp_path / f"{i}.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    assert "text.pth: " in refusal(load_model, tmp_path / "text.pth")
 
 
 def test_half_precision_files_load(tmp_path):
@@ -173,17 +149,3 @@ def test_another_network_is_refused(tmp_path):
             load_checkpoint(tmp_path / name, net="gatevgg16")
     save_checkpoint(tmp_path / "c.pth", random_model("gateresnet56", num_classes=100))
     assert load_checkpoint(tmp_path / "c.pth", net="gateresnet56_c100").model.num_classes == 100
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

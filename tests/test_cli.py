@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from helpers import COMMON, make_folder, random_model
+from helpers import COMMON, make_folder, random_model, without
 
 import gfbs_cifar
 import prepare_torch_imagenet_models as prepare
@@ -43,11 +42,8 @@ def ground():
 def nobody(ground, monkeypatch):
     """The working folder of a user who is not root."""
     monkeypatch.chdir(ground)
-    me = os.geteuid()
-    if me == 0:
-        os.seteuid(65534)
-    yield ground
-    os.seteuid(me)
+    with without(0):
+        yield ground
 
 
 CONVERT = ["--net", "resnet18", "--checkpoint", "r.pth", "--device", "cpu"]

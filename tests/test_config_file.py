@@ -90,11 +90,9 @@ EVERY = [
     (train, ["--no_channels_last", "--amp", "bf16", "--net", "gateresnet20"]),
     (gfbs_cifar, ["--params", "0.5", "--criterion", "l1", "--scope", "global", "--round_to", "8"]),
     (gfbs_cifar, ["--smooth", "--distill", "0.5", "--score_seed", "0", "--weight_decay", "0"]),
+    (gfbs_cifar, ["--distill", "0.5", "--temperature", "2", "--ema", "0.9", "--accumulate", "2"]),
     (gfbs_imagenet, ["--data_dir", ".", "--new_head", "--train_bs", "64", "--sched", "cosine"]),
-    (
-        gfbs_imagenet,
-        ["--data_dir", ".", "--mean", "0,0,0", "--std", "1,1,1", "-j", "2"],
-    ),
+    (gfbs_imagenet, ["--data_dir", ".", "--mean", "0,0,0", "--std", "1,1,1", "-j", "2"]),
 ]
 
 

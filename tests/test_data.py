@@ -118,17 +118,22 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
         assert abs(pixels[0, 0] - (200, 60, 60)).max() < 12
 
 
+def write_batches(folder, contents):
+    """Files as CIFAR has them; returns their checksums."""
+    folder.mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+
+
 def fake_cifar(tmp_path, monkeypatch):
     """The download of CIFAR-10, a copy of an archive with two images a batch."""
-    source = tmp_path / "served" / "cifar-10-batches-py"
-    source.mkdir(parents=True)
+    source, contents = tmp_path / "served" / "cifar-10-batches-py", {}
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
-    sums = {}
     for i, name in enumerate(names):
         rows = np.full((2, 3072), 20 * i, dtype=np.uint8)
-        content = {"data": rows, "labels": [i, 9], "label_names": list("abcdefghij")}
-        (source / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((source / name).read_bytes()).hexdigest()
+        contents[name] = {"data": rows, "labels": [i, 9], "label_names": list("abcdefghij")}
+    sums = write_batches(source, contents)
     archive = tmp_path / "served" / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(source, source.name)
@@ -165,25 +170,19 @@ def test_a_damaged_archive_is_downloaded_again(tmp_path, monkeypatch):
 
 
 def test_cifar100_has_its_own_constants_and_labels(tmp_path, monkeypatch):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    sums = {}
-    for name in ("train", "test", "meta"):
-        rows = np.zeros((3, 3072), np.uint8)
-        fine = {"data": rows, "fine_labels": [7, 99, 0], "coarse_labels": [1, 1, 1]}
-        content = {"fine_label_names": [f"c{i}" for i in range(100)]} if name == "meta" else fine
-        (folder / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    rows = np.zeros((3, 3072), np.uint8)
+    part = {"data": rows, "fine_labels": [7, 99, 0], "coarse_labels": [1, 1, 1]}
+    contents = {"train": part, "test": part}
+    contents["meta"] = {"fine_label_names": [f"c{i}" for i in range(100)]}
+    sums = write_batches(tmp_path / "cifar-100-python", contents)
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     meta = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
     monkeypatch.setattr(CIFAR100, "meta", meta)
     data = load_data("cifar100", tmp_path)
     assert data.train.labels.tolist() == [7, 99, 0] and len(data.classes) == 100
-    assert data.normalisation.as_dict() == {
-        "mean": [0.5071, 0.4867, 0.4408],
-        "std": [0.2675, 0.2565, 0.2761],
-    }
+    constants = {"mean": [0.5071, 0.4867, 0.4408], "std": [0.2675, 0.2565, 0.2761]}
+    assert data.normalisation.as_dict() == constants
 
 
 def batches(count=50, batch_size=16, layout=torch.contiguous_format, **options):

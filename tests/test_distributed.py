@@ -9,16 +9,18 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CPU, make_folder, random_model, same_weights
+from processes import ROOT, Script, start_ranks
 from torch import nn
 
+import gfbs_cifar
 import train
 from utils.checkpoint import save_checkpoint
 from utils.cli import settings
@@ -28,27 +30,15 @@ from utils.distributed import Runtime, select_runtime
 from utils.errors import InputError
 from utils.pruning import PruningPlan
 from utils.run import launch
+from utils.run.folder import RunCallback
 from utils.surgery import prune
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-CIFAR = ["--net", "gateresnet20", "--dataset", "folder", "--bs", "6", "--image_size", "16"]
-IMAGENET = ["--net", "resnet18", "--train_bs", "6", "--image_size", "32", "--workers", "1"]
-CIFAR_LIMIT, IMAGENET_LIMIT = "--limit_test_batches", "--limit_val_batches"
-
-
-def torchrun(ranks, script, folder, *argv, **environment):
-    """Run a script of ours on so many ranks; returns the finished process."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--standalone", "--", TESTS / "rank.py", script, folder, *argv, "--device", "cpu"]
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,  # a hang, not a measurement
-    )
+CIFAR = ["--net", "gateresnet20", "--dataset", "folder", "--data_dir", "images", "--bs", "12"]
+CIFAR += ["--image_size", "16", "--checkpoint", "cifar.pth"]
+CIFAR += ["--ema", "0.6", "--accumulate", "2", "--distill", "0.5", "--label_smoothing", "0.1"]
+IMAGENET = ["--net", "resnet18", "--data_dir", "images", "--train_bs", "6", "--image_size", "32"]
+IMAGENET += ["--workers", "1", "--checkpoint", "imagenet.pth"]
+TWO = ["--processes", "2"]
 
 
 @pytest.fixture
@@ -63,98 +53,103 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def by_ourselves(*argv, **options):
-    """A script of ours, started as a user does, in a process group of its own."""
-    command = [str(part) for part in [sys.executable, ROOT / "gfbs_cifar.py", *CIFAR, *argv]]
-    command += ["--data_dir", "images", "--checkpoint", "cifar.pth", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, start_new_session=True, **pipes, **options)
+def after_epoch(action):
+    """Let every run of this process do something when an epoch has ended."""
+    call = RunCallback.after_epoch
+
+    def after(self, epoch, state):
+        action(self.state.model, epoch.test)
+        call(self, epoch, state)
+
+    RunCallback.after_epoch = after
+
+
+def tell(model, test):
+    end = {"weights": model.state_dict(), "accuracy": test.accuracy}
+    torch.save(end, f"rank{os.environ['RANK']}.pt")
+
+
+def die(*_):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_two_ranks(*command, at_epochs=tell):
+    """Exit code, stdout and stderr of both."""
+    ranks = start_ranks(2, *command, "--device", "cpu", prepare=partial(after_epoch, at_epochs))
+    return [rank.wait() for rank in ranks]
 
 
 @pytest.mark.parametrize("script", ["gfbs_cifar", "gfbs_imagenet"])
 def test_two_ranks_agree_with_each_other_and_with_one_process(place, script):
+    """On CIFAR with every option of the training."""
     argv = CIFAR if script == "gfbs_cifar" else IMAGENET
-    checkpoint = "cifar.pth" if script == "gfbs_cifar" else "imagenet.pth"
-    argv = [*argv, "--data_dir", "images", "--checkpoint", checkpoint, "--p", "0.4"]
-    argv += ["--epochs", "2", "--lr", "0.001"]
-    results = {}
+    argv = [*argv, "--p", "0.4", "--epochs", "2", "--lr", "0.001"]
     alone = importlib.import_module(script)
     alone.main(alone.parse_args([*argv, "--output", "1", "--device", "cpu"]))
-    done = torchrun(2, script, place, *argv, "--output", "2")
-    assert done.returncode == 0, done.stderr
-    for ranks in (1, 2):
-        (run,) = (place / str(ranks)).glob("*/gfbs_p0.4_seed1*")
-        results[ranks] = (
-            json.loads((run / "result.json").read_text()),
-            (run / "plan.json").read_text(),
-        )
+    (code, shown, wrong), (same_code, nothing, _) = on_two_ranks(
+        f"{script}.py", *argv, "--output", "2"
+    )
+    assert code == same_code == 0, wrong
+    assert shown.count("epoch 1/2") == 1 and "epoch" not in nothing  # one rank talks
     states = [torch.load(place / f"rank{rank}.pt") for rank in (0, 1)]
     assert states[0]["weights"].keys() == states[1]["weights"].keys()
     for name, tensor in states[0]["weights"].items():
         assert torch.equal(tensor, states[1]["weights"][name]), name
     assert states[0]["accuracy"] == states[1]["accuracy"]
 
-    (one, plan), (two, same_plan) = results[1], results[2]
+    def made(output):
+        run = next(Path(output).glob("*/gfbs_p0.4_*"))
+        result = json.loads((run / "result.json").read_text())
+        return result, (run / "plan.json").read_text(), run / "last.pth"
+
+    (one, plan, _), (two, same_plan, last) = made("1"), made("2")
     assert plan == same_plan
     assert one["history"][0]["test"]["images"] == two["history"][0]["test"]["images"] == 9
     for when in ("baseline", "after_surgery"):
         assert one["accuracy"][when] == two["accuracy"][when]
-    assert [epoch["train"]["images"] for epoch in two["history"]] == [12, 12]  # 14 = 6 + 6 + 2
-    assert done.stdout.count("epoch 1/2") == 1  # one rank talks
+    assert [epoch["train"]["images"] for epoch in two["history"]] == [12, 12]  # 2 are left over
 
     if script == "gfbs_cifar":  # the same without torchrun
-        argv = ["--p", "0.4", "--epochs", "2", "--lr", "0.001", "--output", "3"]
-        shown, wrong = by_ourselves(*argv, "--processes", "2").communicate(timeout=200)
-        assert "2 processes share every batch" in shown and not wrong
-        (last,), (same_last,) = ((place / n).glob("*/gfbs_p0.4_seed1*/last.pth") for n in "23")
-        assert (same_last.parent / "plan.json").read_text() == plan
-        three = json.loads((same_last.parent / "result.json").read_text())
-        assert three["accuracy"] == two["accuracy"]
+        started = Script("gfbs_cifar.py", *argv, "--device", "cpu", "--output", "3", *TWO)
+        code, shown, wrong = started.wait()
+        assert code == 0 and "2 processes share every batch" in shown and not wrong
+        three, same_plan, same_last = made("3")
+        assert plan == same_plan and three["accuracy"] == two["accuracy"]
         assert same_weights(last, same_last)
 
 
-def test_ranks_agree_with_every_option_of_the_training(place):
-    argv = [*CIFAR, "--bs", "8", "--data_dir", "images", "--checkpoint", "cifar.pth", "--p", "0.4"]
-    argv += ["--epochs", "2", "--ema", "0.6", "--accumulate", "2", "--distill", "0.5"]
-    done = torchrun(2, "gfbs_cifar", place, *argv, "--label_smoothing", "0.1")
-    assert done.returncode == 0, done.stderr
-    one, two = (torch.load(place / f"rank{rank}.pt") for rank in (0, 1))
-    for name, tensor in one["weights"].items():
-        assert torch.equal(tensor, two["weights"][name]), name
-    assert one["accuracy"] == two["accuracy"]
-
-
 def test_bad_input_ends_every_rank_with_its_line(place):
-    argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth"]
     (place / "checkpoints").write_text("a file where the folder should go")
-    blocked = torchrun(2, "gfbs_cifar", place, *argv)  # only rank 0 finds this out
-    assert blocked.returncode != 0
-    assert blocked.stderr.count("cannot be written") == 2
+    for code, _, wrong in on_two_ranks("gfbs_cifar.py", *CIFAR):  # only rank 0 finds this out
+        assert code == 2 and wrong.count("cannot be written") == 1
 
 
 def test_bad_input_ends_what_we_start_with_one_line_and_its_code(place):
     (place / "checkpoints").write_text("a file where the folder should go")
-    running = by_ourselves("--processes", "2")
-    shown, wrong = running.communicate(timeout=200)
+    code, shown, wrong = Script("gfbs_cifar.py", *CIFAR, "--device", "cpu", *TWO).wait()
     lines = shown.splitlines() + wrong.splitlines()
     lines = [line for line in lines if not line.startswith("[Gloo]")]  # as torch 2.8 prints
-    assert running.returncode == 2 and len(lines) == 1
+    assert code == 2 and len(lines) == 1
     assert "cannot be written" in lines[0] and lines[0] in wrong
 
 
-def test_a_signal_that_comes_twice_stops_all_ranks_and_the_run_continues(place):
-    running = by_ourselves("--processes", "2", "--epochs", "20", "--checkpoint_every", "1")
-    while running.poll() is None and not list(place.glob("checkpoints/*/*/last.pth")):
+def test_a_signal_that_comes_twice_stops_all_ranks_and_the_run_continues(place, capsys):
+    argv = [*CIFAR, "--device", "cpu", "--epochs", "10", "--checkpoint_every", "1"]
+    running = Script("gfbs_cifar.py", *argv, *TWO)
+    while running.is_alive() and not list(place.glob("checkpoints/*/*/last.pth")):
         time.sleep(0.05)
     for _ in range(2):
-        os.killpg(running.pid, signal.SIGINT)
+        running.kill(signal.SIGINT)
         time.sleep(0.2)
-    _, wrong = running.communicate(timeout=200)
-    assert running.returncode == 130, wrong
+    code, _, wrong = running.wait()
+    assert code == 130, wrong
     assert wrong.count("stopping after this batch") == 1 and "Traceback" not in wrong
     (command,) = re.findall("; continue with: (.* --resume)\n", wrong)
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "continues after epoch" in done.stdout, done.stderr
+    _, script, *argv = shlex.split(command)
+    assert Path(script).samefile(ROOT / "gfbs_cifar.py") and argv[-3:] == [*TWO, "--resume"]
+    gfbs_cifar.main(gfbs_cifar.parse_args(argv))  # one process, or this would take long
+    assert "continues after epoch" in capsys.readouterr().out
 
 
 def test_one_rank_says_why_all_end(tmp_path, monkeypatch):
@@ -185,6 +180,7 @@ def test_every_gpu_gets_a_process(monkeypatch, argv, ranks, line):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setenv(launch.STARTED, "")
     started, alone = [], []
     monkeypatch.setattr(launch, "start", lambda *command: started.append(command) or 0)
@@ -207,12 +203,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
         Runtime(CPU.device, world_size=2).share(7, "--bs")
 
 
-def test_a_rank_that_dies_ends_the_job(place):
-    argv = [*CIFAR, "--data_dir", "images", "--checkpoint", "cifar.pth", "--epochs", "50"]
-    done = torchrun(2, "gfbs_cifar", place, *argv, GFBS_TEST_DIES="1")
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
-    assert "another rank has died or left" in done.stderr and "[rank0]" not in done.stderr
+def test_a_rank_that_dies_ends_the_other(place):
+    ended = on_two_ranks("gfbs_cifar.py", *CIFAR, "--epochs", "50", at_epochs=die)
+    (code, _, wrong), (killed, _, _) = ended
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert "another rank has died or left" in wrong and "[rank0]" not in wrong
 
 
 def test_shares_make_up_the_batches_of_one_process():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import files, make_folder, one_run, random_model, run_gfbs
+from helpers import files, make_folder, one_run, random_model, run_gfbs, spy
 
 from tools import evaluate, export
 from utils.checkpoint import load_model, save_checkpoint
@@ -60,10 +60,7 @@ def test_large_images_are_cropped_as_the_checkpoint_says(tmp_path, monkeypatch):
     make_folder(tmp_path / "val", parts=("",), images=2)
     meta = {"image_size": 64, "resize": 70, "classes": ["cat", "dog"]}
     save_checkpoint(tmp_path / "net.pth", random_model("resnet18", 2), **meta)
-    seen, batches = [], evaluate.folders.FolderBatches
-    monkeypatch.setattr(
-        evaluate.folders, "FolderBatches", lambda *a, **how: seen.append(how) or batches(*a, **how)
-    )
+    seen = spy(monkeypatch, evaluate.folders, "FolderBatches", lambda *_, **how: how)
     (row,) = run(tmp_path / "net.pth", "--data", tmp_path / "val", "--workers", "0")
     assert row["numbers"]["images"] == 4 and seen[0]["crops"] == evaluate.folders.Crops(64, 70)
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch_pruning
-from helpers import COMMON, random_batch, random_model, relative_difference, settle
+from helpers import (
+    COMMON,
+    make_folder,
+    random_batch,
+    random_model,
+    relative_difference,
+    settle,
+)
 
 import gfbs_cifar
+import gfbs_imagenet
 from experiments import torch_pruning_taylor
 from experiments.torch_pruning_taylor import dependency_graph, torch_pruning_saliency
 from models.gate import folded_gates
+from utils.checkpoint import save_checkpoint
 from utils.cli import settings
 from utils.cost import model_cost
 from utils.selection import Goal, select
@@ -33,24 +43,19 @@ SCRIPTS = sorted(
     if path.stem not in ("common", "tables")
 )
 
-# In the place of python: writes down its arguments, sleeps while "slow" is there, fails for "l1",
-# and leaves the result that vgg.sh reads.
-STUB = f"""#!{sys.executable}
-import json, os, pathlib, sys, time
-if sys.argv[1] == "-c":
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-place = pathlib.Path(__file__).parent
-with (place / "log").open("a") as log:
-    log.write(json.dumps([os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]) + "\\n")
-while (place / "slow").exists():
-    time.sleep(0.02)
-if (place / "failing").exists() and "l1" in sys.argv:
-    sys.exit("no such luck")
-if sys.argv[1] == "gfbs_cifar.py" and "--p" in sys.argv and sys.argv[sys.argv.index("--p") + 1] == "0.7":
-    folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1], "gatevgg16", "gfbs_p0.7")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text('{{"cost": {{"macs": {{"before": 300, "after": 100}}}}}}')
-"""  # noqa: E501
+# In the place of python: writes down its arguments, sleeps while "slow" is there, fails for "l1"
+# while "failing" is, and leaves the result that vgg.sh reads.
+STUB = f"""#!/bin/sh
+[ "$1" != -c ] || exec {sys.executable} "$@"
+IFS='\t' place=${{0%/*}}
+printf '%s\\n' "$OMP_NUM_THREADS\t$*" >>"$place/log"
+while [ -e "$place/slow" ]; do sleep 0.02; done
+case "$*\t" in *"\tl1\t"*) [ ! -e "$place/failing" ] || {{ echo no such luck >&2; exit 1; }} ;; esac
+case "$*\t" in gfbs_cifar.py*"\t--p\t0.7\t"*) ;; *) exit 0 ;; esac
+until [ "$1" = --output ]; do shift; done
+mkdir -p "$2/gatevgg16/gfbs_p0.7"
+echo '{{"cost": {{"macs": {{"before": 300, "after": 100}}}}}}' >"$2/gatevgg16/gfbs_p0.7/result.json"
+"""
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def run_script(name, place, *argv, **settings):
 def logged(place):
     """Threads and arguments of every command that was started."""
     path = place / "log"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wait_until(condition):
@@ -158,33 +163,22 @@ def test_killed_and_started_again(name, with_what, stub):
 def test_real_runs_are_skipped_when_finished_and_do_not_depend_on_the_jobs(tmp_path):
     state = random_model("gateresnet20").state_dict()
     torch.save({"state_dict": state}, tmp_path / "resnet20.th")
-    tiny = [
-        "--dataset",
-        "synthetic",
-        "--image_size",
-        "16",
-        "--epochs",
-        "1",
-        "--bs",
-        "16",
-        "--limit_train_batches",
-        "1",
-    ]
-    tiny += ["--limit_test_batches", "1"]
-
-    def start(out, jobs, seeds):
-        how = {"JOBS": jobs, "SEEDS": seeds, "THREADS": "1", "PYTHON": sys.executable}
-        places = {"OUT": str(tmp_path / out), "BASELINES": str(tmp_path)}
-        done = run_script("full", tmp_path, *tiny, **how, **places)
-        assert done.returncode == 0, done.stderr
-        return sorted((tmp_path / out).glob("full/*/*seed1*/result.json"))[0]
-
-    alone, together = start("one", "1", "1"), start("two", "2", "1 2")
-    one, other = json.loads(alone.read_text()), json.loads(together.read_text())
+    tiny = ["--dataset", "synthetic", "--image_size", "16", "--epochs", "1", "--bs", "16"]
+    tiny += ["--limit_train_batches", "1", "--limit_test_batches", "1", "--device", "cpu"]
+    how = {"THREADS": "1", "PYTHON": sys.executable}
+    how |= {"BASELINES": str(tmp_path), "OUT": str(tmp_path / "out")}
+    done = run_script("full", tmp_path, *tiny, JOBS="2", SEEDS="1 2", **how)
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "out").glob("full/*/*seed1*/result.json")
+    (command,) = (line for line in done.stdout.splitlines() if "--seed 1 " in line)
+    _, _, script, *argv = command.split()
+    assert script == "gfbs_cifar.py"
+    alone = gfbs_cifar.main(gfbs_cifar.parse_args([*argv, "--output", str(tmp_path / "alone")]))
+    result, written = json.loads(made.read_text()), made.stat().st_mtime_ns
     for part in ("criterion", "method", "accuracy", "cost", "channels"):
-        assert one[part] == other[part]
-    written = alone.stat().st_mtime_ns
-    assert start("one", "2", "1").stat().st_mtime_ns == written
+        assert result[part] == alone[part]
+    assert run_script("full", tmp_path, *tiny, SEEDS="1", **how).returncode == 0
+    assert made.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("net", ["gateresnet20", "gatevgg11"])
@@ -221,3 +215,83 @@ def test_the_script_prunes_by_torch_prunings_importance(trained, monkeypatch):
     made = torch_pruning_taylor.main(torch_pruning_taylor.parse_args(argv))
     macs = made["cost"]["macs"]
     assert made["criterion"] == "torch-pruning taylor" and macs["after"] <= 0.6 * macs["before"]
+
+
+# On SLURM, with its variables set by hand and stand-ins for its commands
+
+SBATCH = sorted((ROOT / "experiments" / "slurm").glob("*.sbatch"))
+TINY = ["--net", "resnet18", "--image_size", "32", "--train_bs", "6", "--workers", "0"]
+TINY += ["--device", "cpu", "--checkpoint", "resnet18.pth"]
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A job's environment: SLURM's variables, the repository, and commands that tell of calls."""
+    make_folder(tmp_path / "images", parts=("train", "val"), images=6, size=(40, 40))
+    save_checkpoint(tmp_path / "resnet18.pth", random_model("resnet18", 2))
+    for file in ROOT.iterdir():
+        if file.suffix == ".py" or file.name in ("models", "utils", "experiments"):
+            (tmp_path / file.name).symlink_to(file)
+    command(tmp_path, "python", f'exec {sys.executable} "$@"')
+    command(tmp_path, "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
+    command(tmp_path, "srun", 'exec "$@"')
+    command(tmp_path, "scontrol", f'[ $1 != show ] || echo localhost; echo "$@" >>{tmp_path}/calls')
+    variables = {"JOB_ID": 17, "JOB_NODELIST": "localhost", "NNODES": 1, "GPUS_ON_NODE": 2}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("DATA", "images")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(place, name, line):
+    (place / "bin").mkdir(exist_ok=True)
+    (place / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+    (place / "bin" / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("script", SBATCH, ids=lambda path: path.name)
+def test_the_command_is_accepted_and_resumes(cluster, monkeypatch, script):
+    subprocess.run(["bash", "-n", script], check=True)
+    for name in ("python", "torchrun"):
+        command(cluster, name, f'printf "%s\\n" {name} "$@"')
+    seen = set()
+    for task in range(12 if script.name == "array.sbatch" else 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        done = subprocess.run(["bash", script, "--epochs", "3"], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr
+        words = done.stdout.splitlines()
+        words = words[words.index("--") :] if words[0] == "torchrun" else words
+        name, *argv = words[1:]
+        args = {"gfbs_cifar.py": gfbs_cifar, "gfbs_imagenet.py": gfbs_imagenet}[name].parse_args(
+            argv
+        )
+        assert args.resume and args.epochs == 3
+        seen.add((args.p, args.seed))
+    assert len(seen) == task + 1
+
+
+def test_a_job_saves_before_its_time_limit_and_goes_back_into_the_queue(cluster):
+    script = ["bash", "experiments/slurm/one_node.sbatch", *TINY]
+    script += ["--epochs", "6", "--checkpoint_every", "1"]
+    two = ["--processes", "2"]
+    job = subprocess.Popen([*script, *two], stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and not list(cluster.glob("checkpoints/*/*/last.pth")):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    _, shown = job.communicate(timeout=200)
+    assert job.returncode == 143 and "continue with" in shown, shown
+    assert (cluster / "calls").read_text() == "requeue 17\n"
+    again = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and "continues after epoch" in again.stdout, again.stderr
+    (result,) = cluster.glob("checkpoints/*/*/result.json")
+    assert len(json.loads(result.read_text())["history"]) == 6
+    assert (cluster / "calls").read_text() == "requeue 17\n"
+
+
+def test_torchrun_starts_the_ranks_of_a_node(cluster):
+    script = ["bash", "experiments/slurm/four_nodes.sbatch", *TINY, "--epochs", "1"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "2 ranks, each on CPU" in done.stdout, done.stderr
+    assert shlex.split((cluster / "calls").read_text()) == ["show", "hostnames", "localhost"]

@@ -31,11 +31,9 @@ def half(model):
     return PruningPlan({name: [0, *range(1, w, 2)] for name, w in model.group_widths().items()})
 
 
-def save(path, net, pruned=True):
+def save(path, net):
     model = random_model(net)
-    if pruned:
-        prune(model, half(model))
-    save_checkpoint(path, model, **META)
+    save_checkpoint(path, prune(model, half(model)), **META)
     return model.eval()
 
 
@@ -48,18 +46,16 @@ def images(count):
 
 
 @pytest.mark.parametrize("net", FAMILIES + DENSE)
-@pytest.mark.parametrize("pruned", [False, True])
-def test_the_deployed_network_is_the_same_function(net, pruned):
+def test_the_deployed_network_is_the_same_function(net):
     model = random_model(net).eval()
-    if pruned:
-        prune(model, half(model))
-    network = deployable(model)
-    assert relative_difference(model(images(3)), network(images(3))) < 1e-5
-    kinds = {type(module).__name__ for module in network.modules()}
-    assert "Gate" not in kinds and ("BatchNorm2d" not in kinds or net in DENSE)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    for plan in (PruningPlan({}), half(model)):
+        network = deployable(prune(model, plan))
+        assert relative_difference(model(images(3)), network(images(3))) < 1e-5
+        kinds = {type(module).__name__ for module in network.modules()}
+        assert "Gate" not in kinds and ("BatchNorm2d" not in kinds or net in DENSE)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_masked_channels_stay_masked():
@@ -68,21 +64,23 @@ def test_masked_channels_stay_masked():
     assert relative_difference(model(images(2)), deployable(model)(images(2))) < 1e-5
 
 
-@pytest.mark.parametrize("net", ["gateresnet20", "gatedensenet40"])
-def test_pt2_loads_with_torch_alone(tmp_path, net):
-    model = save(tmp_path / "net.pth", net)
-    said = run_export(tmp_path / "net.pth")
+def test_pt2_loads_with_torch_alone(tmp_path):
+    nets = ["gatemobilenetv2", "gatedensenet40"]
+    models = [save(tmp_path / f"{net}.pth", net) for net in nets]
+    for net in nets:
+        said = run_export(tmp_path / f"{net}.pth")
+        assert said == json.loads((tmp_path / f"{net}.pt2.json").read_text())
     torch.save(images(6), tmp_path / "images.pt")
     alone = (
-        "import sys, torch; network = torch.export.load('net.pt2').module();"
-        "logits = [network(part) for part in torch.load('images.pt').split(4)];"
+        f"import sys, torch; parts = torch.load('images.pt').split(4); nets = {nets};"
+        "networks = [torch.export.load(f'{net}.pt2').module() for net in nets];"
+        "logits = [torch.cat([network(part) for part in parts]) for network in networks];"
         "assert not {'models', 'utils'} & set(sys.modules);"
-        "torch.save(torch.cat(logits), 'logits.pt')"
+        "torch.save(logits, 'logits.pt')"
     )
     subprocess.run([sys.executable, "-c", alone], cwd=tmp_path, check=True)
-    logits = torch.load(tmp_path / "logits.pt")
-    assert relative_difference(model(images(6)), logits) < 1e-5
-    assert said == json.loads((tmp_path / "net.pt2.json").read_text())
+    for model, logits in zip(models, torch.load(tmp_path / "logits.pt"), strict=True):
+        assert relative_difference(model(images(6)), logits) < 1e-5
 
 
 def test_onnx_runs_in_onnxruntime(tmp_path):

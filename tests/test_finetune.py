@@ -85,6 +85,7 @@ def test_cosine_of_imagenet_warms_up_and_cools_down():
 
 def test_fit_equals_a_plain_loop():
     """On the same batches, to the bit: SGD, cross-entropy, one step of the schedule per epoch."""
+    losses = []
     model, train, test = random_model("gateresnet20"), small_batches(augment=True), small_batches()
     plain = copy.deepcopy(model).train()
     recipe = Recipe(epochs=2, lr=0.05, weight_decay=1e-3, milestones=(1,), gamma=0.5)
@@ -96,9 +97,13 @@ def test_fit_equals_a_plain_loop():
         train.set_epoch(epoch)
         for images, labels in train:
             optimizer.zero_grad()
-            F.cross_entropy(plain(images), labels).backward()
+            loss = F.cross_entropy(plain(images), labels)
+            loss.backward()
             optimizer.step()
+            losses.append(loss.item())  # of batches of one size
     history = fit(model, train, test, recipe, CPU, first_epoch=3)
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [epoch.train.loss for epoch in history] == pytest.approx(means, rel=1e-6)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert [(epoch.number, epoch.lr) for epoch in history] == [(1, 0.05), (2, 0.025)]

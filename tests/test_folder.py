@@ -7,20 +7,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 from socket import gethostname
 
 import pytest
 from helpers import files, run_train, same_weights, snapshot
+from processes import SERVER
 
 from utils import files as files_module
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError, RunError
 from utils.files import write_atomically
-
-ROOT = Path(__file__).parents[1]
+from utils.run.existing import locked
 
 
 def full_disk(file):
@@ -75,30 +75,27 @@ def test_a_place_that_cannot_be_written_is_found_before_training(place, flag):
     assert files(Path("good/gateresnet20_folder")) == before
 
 
-OWNER = """
-import os, subprocess, sys, time
-from pathlib import Path
-from utils.run.existing import locked
-with locked(Path(sys.argv[1])):
-    if os.fork():
-        sleep = "import time; time.sleep(100)"
-        subprocess.Popen([sys.executable, "-c", sleep], stdout=-3, stderr=-3)
-        print("locked", flush=True)
-    time.sleep(100)
-"""
+def own(folder, ready):
+    os.setsid()
+    with locked(folder):
+        if os.fork():
+            subprocess.Popen(["sleep", "100"])
+            ready.set()
+        time.sleep(100)
 
 
 @pytest.fixture
 def owner(trained):
     """A process that has the folder, with a fork and a child that outlive it."""
-    argv = [sys.executable, "-c", OWNER, str(trained)]
-    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(argv, cwd=ROOT, **options) as process:
-        try:
-            assert process.stdout.readline() == "locked\n"
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+    ready = SERVER.Event()
+    process = SERVER.Process(target=own, args=(trained, ready))
+    process.start()
+    try:
+        assert ready.wait(100)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, monkeypatch):
@@ -110,7 +107,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_killed(trained, owner, mo
             run_train("--resume")
     assert snapshot(trained) == before
     owner.kill()
-    owner.wait()
+    owner.join()
     monkeypatch.setattr("utils.run.existing.PATIENCE", 5)  # its fork may just have begun
     run_train("--resume")
     assert json.loads((trained / "lock").read_text())["pid"] == os.getpid()

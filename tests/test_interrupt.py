@@ -13,102 +13,69 @@ from pathlib import Path
 
 import pytest
 from helpers import COMMON, random_model, run_train, same_weights
+from processes import ROOT, Script
 
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted
 from utils.run.folder import RunCallback
 
-ROOT = Path(__file__).parents[1]
+LAST = "gateresnet20_folder/last.pth"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_batch_and_saves(place, monkeypatch, signum):
-    run_train("--epochs", "3", "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        call, seen = RunCallback.after_batch, []
+def interrupted_at(moment, count, method, signum, *argv):
+    """Start training, which gets a signal, delivered twice, when it does something once more."""
+    call, seen = getattr(RunCallback, method), []
 
-        def interrupted(self, batch, state):
-            seen.append(batch)
-            for _ in range(2 if len(seen) == 4 else 0):  # the same one, delivered twice
-                os.kill(os.getpid(), signum)
-            call(self, batch, state)
+    def interrupted(self, *args):
+        seen.append(args)
+        for _ in range(2 if len(seen) == count else 0):
+            os.kill(os.getpid(), signum)
+        call(self, *args)
 
-        patch.setattr(RunCallback, "after_batch", interrupted)
-        with pytest.raises(Interrupted) as stop:
-            run_train("--epochs", "3", "--output", "broken")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(RunCallback, method, interrupted)
+        run_train(*argv)
     assert stop.value.signum == signum and stop.value.resume_with.endswith(" --resume")
-    assert len(seen) == 4
-    training = load_checkpoint("broken/gateresnet20_folder/last.pth").meta["training"]
-    assert (training["epoch"], training["batch"]) == (1, 1)
-    run_train("--epochs", "3", "--output", "broken", "--resume")
-    name = "gateresnet20_folder/last.pth"
-    assert same_weights(f"whole/{name}", f"broken/{name}")
+    assert len(seen) == count
+    training = load_checkpoint(Path("broken", LAST)).meta["training"]
+    assert (training["epoch"], training["batch"]) == moment
 
 
-def test_a_signal_in_the_evaluation_saves_the_epoch_before_it(place, monkeypatch):
-    run_train("--epochs", "2", "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        call = RunCallback.while_evaluating
-
-        def interrupted(self, state):
-            os.kill(os.getpid(), signal.SIGTERM)
-            call(self, state)
-
-        patch.setattr(RunCallback, "while_evaluating", interrupted)
-        with pytest.raises(Interrupted):
-            run_train("--epochs", "2", "--output", "broken")
-    name = "gateresnet20_folder/last.pth"
-    training = load_checkpoint(f"broken/{name}").meta["training"]
-    assert (training["epoch"], training["batch"]) == (0, 3)
-    run_train("--epochs", "2", "--output", "broken", "--resume")
-    assert same_weights(f"whole/{name}", f"broken/{name}")
+def test_a_signal_finishes_the_batch_and_saves(trained):
+    """In an evaluation, it saves the epoch before it."""
+    argv = ["--output", "broken", "--resume"]
+    interrupted_at((0, 2), 2, "after_batch", signal.SIGINT, *argv)
+    interrupted_at((0, 3), 1, "while_evaluating", signal.SIGTERM, *argv)
+    interrupted_at((1, 1), 1, "after_batch", signal.SIGTERM, *argv)
+    run_train(*argv)
+    assert same_weights(trained / "last.pth", Path("broken", LAST))
 
 
 def test_a_signal_to_the_whole_group_reaches_no_data_worker(place):
     save_checkpoint("c.pth", random_model("resnet18", 2))
     Path("images/test").rename("images/val")
-    command = [
-        sys.executable,
-        ROOT / "gfbs_imagenet.py",
-        "--net",
-        "resnet18",
-        "--checkpoint",
-        "c.pth",
-    ]
-    command += ["--data_dir", "images", "--image_size", "32", "--train_bs", "4", "--workers", "2"]
-    running = subprocess.Popen(
-        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    last = Path("checkpoints/resnet18/gfbs_p0.4_seed1_imagesize32_trainbs4/last.pth")
-    while not last.exists() and running.poll() is None:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGTERM)
-    _, shown = running.communicate(timeout=100)
-    assert running.returncode == 143, shown
-    assert "Traceback" not in shown and "continue with: " in shown
-    load_checkpoint(last)
+    argv = ["--net", "resnet18", "--checkpoint", "c.pth", "--data_dir", "images", "--device", "cpu"]
+    argv += ["--image_size", "32", "--train_bs", "4", "--workers", "2"]
+    running = Script("gfbs_imagenet.py", *argv)
+    ends_with_its_exit_code(running, signal.SIGTERM, 143)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_exit_code_names_the_signal(tmp_path, signum, code):
-    command = [sys.executable, ROOT / "train.py", "--net", "gateresnet20", "--dataset", "synthetic"]
-    running = subprocess.Popen(
-        [*command, "--device", "cpu", "--checkpoint_every", "1", "--bs", "16"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    last = tmp_path / "checkpoints" / "gateresnet20_synthetic" / "last.pth"
-    while not last.exists() and running.poll() is None:
+def test_the_exit_code_names_the_signal(place):
+    argv = ["--dataset", "synthetic", "--device", "cpu", "--checkpoint_every", "1", "--bs", "16"]
+    running = Script("train.py", "--net", "gateresnet20", *argv)
+    ends_with_its_exit_code(running, signal.SIGINT, 130)
+
+
+def ends_with_its_exit_code(running, signum, expected):
+    """A signal to its whole group, when it has saved something."""
+    while running.is_alive() and not list(Path("checkpoints").rglob("last.pth")):
         time.sleep(0.05)
-    running.send_signal(signum)
-    _, shown = running.communicate(timeout=100)
-    assert running.returncode == code
+    running.kill(signum)
+    code, _, shown = running.wait()
+    assert code == expected and "Traceback" not in shown, shown
     assert "continue with: " in shown and shown.rstrip().endswith("--resume")
-    assert "Traceback" not in shown
-    load_checkpoint(last)
+    load_checkpoint(next(Path("checkpoints").rglob("last.pth")))
 
 
 def test_a_signal_that_comes_again_does_not_change_the_exit_code():

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from helpers import CPU, batches_of, make_folder, one_run, random_model, same_weights
+from helpers import (
+    CPU,
+    batches_of,
+    copied_weights,
+    die_after,
+    make_folder,
+    one_run,
+    random_model,
+    same_weights,
+    spy,
+)
 
 import gfbs_cifar
 import gfbs_imagenet
@@ -21,7 +31,6 @@ from utils.cli import settings
 from utils.data.small import load_data
 from utils.finetune import fit, head_alone
 from utils.recipes import Recipe
-from utils.run.folder import RunCallback
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-images.md"
 SMALL = ["--device", "cpu", "--workers", "0"]
@@ -73,13 +82,7 @@ def test_the_road_leads_to_a_small_exported_network(place, monkeypatch):
 
 
 def test_the_head_is_trained_before_channels_are_scored(place, monkeypatch):
-    scored, original = [], gfbs_cifar.channel_saliency
-
-    def spy(model, *args, **options):
-        scored.append(copy.deepcopy(model.state_dict()))
-        return original(model, *args, **options)
-
-    monkeypatch.setattr(gfbs_cifar, "channel_saliency", spy)
+    scored = spy(monkeypatch, gfbs_cifar, "channel_saliency", copied_weights)
     result = run("--head_epochs", "3", "--steps", "2", "--step_epochs", "1")
     before = load_model("baseline.pth").state_dict()
     for name, tensor in scored[0].items():
@@ -100,25 +103,10 @@ def test_the_head_is_trained_before_channels_are_scored(place, monkeypatch):
 
 def test_a_run_with_a_new_head_continues_to_the_same_bits(place):
     """Killed within the round of the head, at its end, and after the cut."""
-
-    class Killed(BaseException):
-        pass
-
     every = ["--checkpoint_every", "1"]
     whole = run(*every, "--output", "whole")
     for batches in (1, 3, 1):  # of two batches an epoch: two epochs of the head, and one more
-        call, seen = RunCallback.after_batch, []
-
-        def dies(self, *args, call=call, seen=seen, batches=batches):
-            call(self, *args)
-            seen.append(args)
-            if len(seen) == batches:
-                raise Killed
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RunCallback, "after_batch", dies)
-            with pytest.raises(Killed):
-                run(*every, "--output", "broken", "--resume")
+        die_after(batches, run, *every, "--output", "broken", "--resume")
     resumed = run(*every, "--output", "broken", "--resume")
     folders = [one_run(f"{name}/resnet18", "gfbs_macs0.6_seed1") for name in ("whole", "broken")]
     for name in ("pruned.pth", "last.pth", "model_best.pth"):
@@ -144,22 +132,6 @@ def test_what_is_frozen_does_not_change_and_can_be_trained_again():
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
     fit(model, data.train, data.test, recipe, CPU)
     assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
-
-
-BAD = [
-    (["--head_epochs", "3"], "--head_epochs goes with --new_head"),
-    (["--new_head", "--head_epochs", "0"], "--head_epochs: '0' is not a whole number of at least"),
-    (["--new_head", "--epochs", "0"], "--new_head needs --epochs of at least 1"),
-    (["--new_head", "--smooth", "--smooth_epochs", "0", "--final_epochs", "0"], "--new_head needs"),
-]
-
-
-@pytest.mark.parametrize("argv, message", BAD)
-def test_flags_that_do_not_go_together(argv, message, capsys):
-    with pytest.raises(SystemExit) as left:
-        gfbs_imagenet.parse_args(["--data_dir", ".", *argv])
-    shown = capsys.readouterr().err
-    assert left.value.code == 2 and message in shown and shown.count("\n") == 1
 
 
 def test_the_usual_length_is_not_in_the_name_but_in_the_configuration():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder, one_run, run_gfbs, run_train, same_weights, snapshot
+from helpers import die_after, make_folder, one_run, run_gfbs, run_train, same_weights, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gfbs_cifar
@@ -22,26 +23,6 @@ from utils.errors import InputError
 from utils.run.existing import RunSettings, differences
 from utils.run.folder import RunCallback, RunFolder
 from utils.run.rounds import random_state, set_random_state
-
-ROOT = Path(__file__).parents[1]
-
-
-class Killed(BaseException):
-    pass
-
-
-def die_after(monkeypatch, moments, method="after_batch"):
-    """Let a run die when it has done so many batches (or epochs) and saved what it would save."""
-    call, seen = getattr(RunCallback, method), []
-
-    def dies(self, *args):
-        call(self, *args)
-        seen.append(args)
-        if len(seen) == moments:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, method, dies)
-
 
 RUNS = {
     "train": "--epochs 3",
@@ -57,27 +38,25 @@ RUNS = {
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_continues_to_the_same_bits(trained, script):
-    """Batches of 8 of 18 images, saved after every other one, so also in mid-epoch."""
+    """Batches of 8 of 18 images, saved after every other one, so also in mid-epoch. It dies before
+    anything is saved, in mid-epoch, and once more later.
+    """
     start = run_train if script.startswith("train") else run_gfbs
     argv = [*RUNS[script].split(), "--checkpoint_every", "2"]
     if start is run_gfbs:
         argv += ["--checkpoint", str(trained)]
     whole = start(*argv, "--output", "whole")
-    for moment in (1, 4, 7):
-        broken = Path(f"broken{moment}")
-        with pytest.MonkeyPatch.context() as patch:
-            die_after(patch, moment)
-            with pytest.raises(Killed):
-                start(*argv, "--output", str(broken))
-        resumed = start(*argv, "--output", str(broken), "--resume")
-        for path in Path("whole").rglob("*.pth"):
-            if path.name != "last_previous.pth":
-                assert same_weights(path, broken / path.relative_to("whole")), (moment, path)
-        assert resumed["accuracy"] == whole["accuracy"]
-        for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
-            assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
-        if start is run_gfbs:
-            assert resumed["channels"] == whole["channels"] and resumed["rounds"] == whole["rounds"]
+    for batches in (1, 4, 2):
+        die_after(batches, start, *argv, "--output", "broken", "--resume")
+    resumed = start(*argv, "--output", "broken", "--resume")
+    for path in Path("whole").rglob("*.pth"):
+        if path.name != "last_previous.pth":
+            assert same_weights(path, "broken" / path.relative_to("whole")), path
+    assert resumed["accuracy"] == whole["accuracy"]
+    for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
+        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+    if start is run_gfbs:
+        assert resumed["channels"] == whole["channels"] and resumed["rounds"] == whole["rounds"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -86,11 +65,9 @@ def test_a_run_continues_between_rounds(trained, epochs):
     argv = ["--steps", "2", "--step_epochs", "2", "--epochs", "1", "--p", "0.6"]
     argv += ["--checkpoint", str(trained)]
     run_gfbs(*argv, "--output", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, epochs, "after_epoch")
-        with pytest.raises(Killed):
-            run_gfbs(*argv, "--output", "broken", "--logdir", "logs")
-    run_gfbs(*argv, "--output", "broken", "--logdir", "logs", "--resume")
+    argv += ["--output", "broken", "--logdir", "logs"]
+    die_after(epochs, run_gfbs, *argv, method="after_epoch")
+    run_gfbs(*argv, "--resume")
     run = one_run("whole/gateresnet20_folder", "gfbs_p0.6_steps2_seed1").relative_to("whole")
     assert same_weights(f"whole/{run}/last.pth", f"broken/{run}/last.pth")
     plans = [Path(output, run, "plan.json").read_text() for output in ("whole", "broken")]
@@ -107,10 +84,7 @@ def test_a_run_continues_between_rounds(trained, epochs):
 
 def test_with_a_holdout_the_best_epoch_must_be_there(trained):
     argv = ["--holdout", "4", "--epochs", "2", "--output", "held"]
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, 1, "after_epoch")
-        with pytest.raises(Killed):
-            run_train(*argv)
+    die_after(1, run_train, *argv, method="after_epoch")
     folder = Path("held/gateresnet20_folder")
     (folder / "model_best.pth").unlink()
     last = load_checkpoint(folder / "last.pth")
@@ -163,11 +137,8 @@ def test_another_output_says_where_the_baseline_is_looked_for(trained):
     run_gfbs("--output", "new", "--checkpoint", "checkpoints", "--epochs", "0")
 
 
-def test_a_named_checkpoint_is_continued_elsewhere(trained, monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, 1, "after_epoch")
-        with pytest.raises(Killed):
-            run_train("--output", "old", "--epochs", "2")
+def test_a_named_checkpoint_is_continued_elsewhere(trained):
+    die_after(1, run_train, "--output", "old", "--epochs", "2", method="after_epoch")
     foreign = Path("new/gateresnet20_folder/model_best.pth")
     foreign.parent.mkdir(parents=True)
     foreign.write_text("somebody's")
@@ -195,15 +166,16 @@ def test_when_the_newest_does_not_load_the_one_before_does(trained, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("what, before, now", [("ranks", 2, 1), ("threads", 3, 1), ("GPUs", 4, 0)])
-def test_another_place_is_warned_of(trained, capsys, what, before, now):
+def test_another_place_is_warned_of(trained, capsys):
     last = load_checkpoint(trained / "last.pth")
     training = last.meta["training"]
-    training = {**training, "place": {**training["place"], what: before}}
+    training = {**training, "place": {**training["place"], "ranks": 2, "threads": 3, "GPUs": 4}}
     save_checkpoint(trained / "last.pth", last.model, **{**last.meta, "training": training})
     (trained / "result.json").unlink()
     run_train("--resume")
-    assert f"warning: {before} {what} began this run and {now} continue" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for before, what, now in ((2, "ranks", 1), (3, "threads", 1), (4, "GPUs", 0)):
+        assert f"warning: {before} {what} began this run and {now} continue" in shown
 
 
 # The same command once more
@@ -228,10 +200,7 @@ def test_an_unfinished_run_is_refused_without_resume(trained, argv):
     start = run_gfbs if argv else run_train
     argv = [*argv, "--epochs", "2", "--output", "cut"]
     argv += ["--checkpoint", str(trained)] if start is run_gfbs else []
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, 1, "after_epoch")
-        with pytest.raises(Killed):
-            start(*argv)
+    die_after(1, start, *argv, method="after_epoch")
     before = snapshot("cut")
     with pytest.raises(InputError, match="unfinished run; --resume continues it, --overwrite"):
         start(*argv)
@@ -311,9 +280,7 @@ def test_wall_time_is_that_of_all_legs(trained, monkeypatch):
     hours = iter(range(0, 10**9, 3600))
     with monkeypatch.context() as patch:
         patch.setattr("utils.run.folder.time.perf_counter", lambda: float(next(hours)))
-        die_after(patch, 2, "after_epoch")
-        with pytest.raises(Killed):
-            run_train("--epochs", "3", "--output", "legs")
+        die_after(2, run_train, "--epochs", "3", "--output", "legs", method="after_epoch")
     saved = load_checkpoint("legs/gateresnet20_folder/last.pth").meta["training"]["seconds"]
     assert saved >= 3600
     result = run_train("--epochs", "3", "--output", "legs", "--resume")
@@ -346,13 +313,10 @@ def test_a_run_that_an_earlier_version_began_is_refused(trained):
         run_train("--resume")
 
 
-def test_a_run_from_before_channels_last_was_the_default_goes_on_without_it(trained, monkeypatch):
+def test_a_run_from_before_channels_last_was_the_default_goes_on_without_it(trained):
     argv = ["--checkpoint", str(trained), "--epochs", "2", "--no_channels_last"]
     whole = run_gfbs(*argv, "--output", "whole")
-    with monkeypatch.context() as patch:
-        die_after(patch, 1, "after_epoch")
-        with pytest.raises(Killed):
-            run_gfbs(*argv, "--output", "broken")
+    die_after(1, run_gfbs, *argv, "--output", "broken", method="after_epoch")
     path = one_run("broken/gateresnet20_folder", "gfbs_p0.7_seed1")
     assert "channels" not in path.name  # as an earlier version named it
     config = json.loads((path / "config.json").read_text())
@@ -366,33 +330,17 @@ def test_a_run_from_before_channels_last_was_the_default_goes_on_without_it(trai
 
 def test_random_streams_come_back():
     state = random_state()
-    drawn = torch.rand(3), np.random.rand(3), __import__("random").random()
+    drawn = torch.rand(3), np.random.rand(3), random.random()
     torch.rand(7), np.random.rand(7)
-    saved = torch.load(_saved(state), weights_only=True)
-    set_random_state(saved)
-    again = torch.rand(3), np.random.rand(3), __import__("random").random()
-    assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all()
-    assert drawn[2] == again[2]
-
-
-def _saved(state):
-    import io
-
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return file
+    set_random_state(torch.load(file, weights_only=True))
+    assert torch.equal(drawn[0], torch.rand(3)) and (drawn[1] == np.random.rand(3)).all()
+    assert drawn[2] == random.random()
 
 
-# Kill -9
-
-
-@pytest.mark.parametrize("kills, ranks", [(3, 1), (1, 2)])
-def test_killed_it_ends_with_the_same_bits(kills, ranks):
-    """The same as ``make kill``, with fewer kills, and on two ranks."""
-    flags = ["--kills", str(kills), "--ranks", str(ranks), "--seed", "0"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill.py", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"killed {kills} times (seed 0): the same bits" in done.stdout
+@pytest.mark.parametrize("kills, ranks, batches", [(3, 1, 4), (1, 2, 4)])
+def test_killed_it_ends_with_the_same_bits(place, kills, ranks, batches):
+    """The same as ``make kill``, with fewer kills and batches, and on two ranks."""
+    assert kill.ends_with_the_same_bits(place, kills, ranks=ranks, batches=batches, seed=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +16,13 @@ from helpers import (
     one_run,
     random_batch,
     random_model,
+    refusal,
     run_gfbs,
     run_train,
     same_weights,
     snapshot,
 )
+from processes import ROOT, Script
 
 import gfbs_cifar
 import train
@@ -32,8 +33,6 @@ from utils.errors import InputError
 from utils.finetune import evaluate
 from utils.pruning import PruningPlan
 from utils.surgery import prune
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_train_then_prune_with_no_step_by_hand(trained, capsys):
@@ -71,12 +70,8 @@ def test_train_then_prune_with_no_step_by_hand(trained, capsys):
     assert max(map(len, table.splitlines())) < 80
     assert list((trained.parent / "runs").rglob("events*"))
 
-
-def test_small_files_hold_no_optimizer(trained):
-    run_gfbs("--p", "0.5")
-    run = one_run(trained, "gfbs_p0.5_seed1")
     for path in (trained / "model_best.pth", run / "pruned.pth", run / "model_best.pth"):
-        assert "training" not in load_checkpoint(path).meta, path
+        assert "training" not in load_checkpoint(path).meta, path  # small files, no optimiser
     assert "optimizer" in load_checkpoint(trained / "last.pth").meta["training"]
     meta = load_checkpoint(run / "model_best.pth").meta
     assert meta["classes"] == ["cat", "dog"] and meta["normalisation"]["mean"][0] == 0.4914
@@ -94,21 +89,15 @@ def test_a_pruned_checkpoint_is_pruned_again(trained):
         run_gfbs("--p", "0.4", "--checkpoint", str(first))
 
 
-def test_no_epochs_means_no_fine_tuning(trained):
-    result = run_gfbs("--p", "0.5", "--epochs", "0")
+def test_no_ratio_means_nothing_goes_and_no_epochs_mean_no_fine_tuning(trained):
+    result = run_gfbs("--p", "0", "--epochs", "0")
     assert result["accuracy"]["last"] is None and result["history"] == []
-    run = one_run(trained, "gfbs_p0.5_seed1")
+    run = one_run(trained, "gfbs_p0_seed1")
     assert files(run) >= {"plan.json", "pruned.pth", "result.json"}
     assert not files(run) & {"last.pth", "model_best.pth"}
-
-
-def test_no_ratio_means_nothing_goes(trained):
-    result = run_gfbs("--p", "0", "--epochs", "0")
     assert result["ratio"]["reached"] == 0
     assert result["accuracy"]["baseline"] == result["accuracy"]["after_surgery"]
-    assert same_weights(
-        trained / "model_best.pth", one_run(trained, "gfbs_p0_seed1") / "pruned.pth"
-    )
+    assert same_weights(trained / "model_best.pth", run / "pruned.pth")
 
 
 def test_smooth_ends_with_the_same_channels(trained):
@@ -162,36 +151,6 @@ def test_flags_with_dashes_and_underscores_are_the_same():
     assert dashes == underscores and dashes.data_dir == "a-b"
 
 
-BAD_FLAGS = [
-    (train, ["--net", "gatevgg61"], "did you mean gatevgg"),
-    (train, ["--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
-    (train, ["--epochs", "many"], "--epochs"),
-    (train, ["--lr", "-1"], "--lr: '-1' is not a positive number"),
-    (train, ["--lr", "nan"], "--lr"),
-    (train, ["--seed", "-1"], "--seed"),
-    (train, ["--dataset", "mnist"], "--dataset"),
-    (train, ["--gpu", "0,0"], "--gpu"),
-    (train, ["--gpu", "one"], "--gpu"),
-    (train, ["--unknown", "3"], "--unknown"),
-    (gfbs_cifar, ["--p", "1"], "'1' is not a ratio in [0, 1)"),
-    (gfbs_cifar, ["--p", "-0.1"], "--p"),
-    (gfbs_cifar, ["--p", "nan"], "--p"),
-    (gfbs_cifar, ["--w_beta", "-1"], "--w_beta"),
-    (gfbs_cifar, ["--criterion", "magic"], "--criterion"),
-    (gfbs_cifar, ["--no_beta", "--beta_only"], "--beta_only means --criterion beta, not taylor"),
-    (gfbs_cifar, ["--min_channels", "0"], "--min_channels"),
-    (gfbs_cifar, ["--score_images", "0"], "--score_images"),
-]
-
-
-@pytest.mark.parametrize("script, argv, message", BAD_FLAGS)
-def test_bad_flags_end_with_one_line_and_code_2(script, argv, message, capsys):
-    with pytest.raises(SystemExit) as left:
-        script.parse_args(argv)
-    shown = capsys.readouterr().err
-    assert left.value.code == 2 and message in shown and shown.count("\n") == 1
-
-
 def bad_inputs(place):
     """(arguments of gfbs_cifar.py or train.py, what the message must say)"""
     save_checkpoint(place / "vgg.pth", random_model("gatevgg11", 2))
@@ -199,9 +158,6 @@ def bad_inputs(place):
     named = random_model("gateresnet20", 2)
     save_checkpoint(place / "swapped.pth", named, classes=["dog", "cat"])
     save_checkpoint(place / "good.pth", named)
-    torch.save(
-        prune(random_model("gateresnet20", 2), PruningPlan({"gate1": [3]})).state_dict(), "p.pth"
-    )
     make_folder(place / "other", classes=("cat", "owl"), parts=("train",))
     make_folder(place / "other", classes=("cat", "dog"), parts=("test",))
     make_folder(place / "broken", images=3)
@@ -214,14 +170,9 @@ def bad_inputs(place):
         (run_gfbs, ["--checkpoint", "vgg.pth"], "vgg.pth: holds gatevgg11, not gateresnet20"),
         (run_gfbs, ["--checkpoint", "three.pth"], "2 classes, the checkpoint was trained on 3"),
         (run_gfbs, ["--checkpoint", "swapped.pth"], "class 'cat' where the checkpoint has 'dog'"),
-        (run_gfbs, ["--checkpoint", "p.pth"], "without its plan"),
         (run_gfbs, ["--checkpoint", "good.pth", "--gpu", "0"], "--gpu needs --device cuda"),
         (run_gfbs, ["--checkpoint", "good.pth", "--data_dir", "nowhere"], "nowhere"),
-        (
-            run_train,
-            ["--data_dir", "empty"],
-            "empty/train must hold one folder of images per class",
-        ),
+        (run_train, ["--data_dir", "empty"], "empty/train must hold one folder of images per"),
         (run_train, ["--data_dir", "other"], "only one has dog, owl"),
         (run_train, ["--data_dir", "broken"], "cat/1.png: cannot be read as an image"),
         (run_train, ["--net", "gateresnet56_c100"], "has 100 classes, not 2"),
@@ -235,10 +186,7 @@ def bad_inputs(place):
 def test_bad_input_is_one_line_and_writes_nothing(place):
     for run, argv, message in bad_inputs(place):
         before = snapshot(place)
-        with pytest.raises(InputError) as error:
-            run(*argv)
-        assert message in str(error.value), argv
-        assert "\n" not in str(error.value), argv
+        assert message in refusal(run, *argv), argv
         assert snapshot(place) == before, argv
 
 
@@ -253,9 +201,9 @@ def test_bad_input_is_one_line_and_writes_nothing(place):
 )
 def test_scripts_leave_with_code_2_and_one_line(place, script, argv):
     before = snapshot(place)
-    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
+    code, shown, wrong = Script(script, *argv).wait()
+    assert code == 2 and shown == ""
+    assert wrong.startswith(f"{script}: error: ") and wrong.count("\n") == 1
     assert snapshot(place) == before
 
 

@@ -23,7 +23,8 @@ def image_size(net):
 
 KINDS = ["p0.2", "p0.5", "p0.9", "random", "one channel"]
 # The same layers in another number, so one kind is enough for them.
-ALIKE = {"gatevgg11", "gatevgg13", "gatevgg19", "gateresnet110"}
+ALIKE = {"gatevgg11", "gatevgg13", "gatevgg19"}
+ALIKE |= {"gateresnet32", "gateresnet44", "gateresnet56", "gateresnet110"}
 ALIKE |= {"resnet34", "resnet101", "resnet152"}
 CASES = [(net, kind) for net in NETWORKS for kind in KINDS if net not in ALIKE or kind == "p0.5"]
 
