@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from utils.checkpoint import load_model
 
 COMMON = "--net gateresnet20 --dataset synthetic --image_size 8 --device cpu --bs 64"
-COMMON += " --limit_test_batches 1 --checkpoint_every 3 --resume"
+COMMON += " --limit_test_batches 1 --resume"
 TRAIN = f"{COMMON} --epochs 2"
 PRUNE = f"{TRAIN} --p 0.5 --smooth --smooth_epochs 1 --final_epochs 2"
 PRUNE += " --ema 0.9 --distill 0.5 --accumulate 2"  # what else last.pth has to hold
@@ -49,10 +49,11 @@ def finish(processes: list[Script]) -> None:
 def run_killed(output: Path, batches: int, ranks: int, kills: int, seed: int) -> int:
     """Run the pipeline, killing rank 0 and resuming; returns how often it killed."""
     stream, killed = random.Random(seed), 0
+    length = f"--limit_train_batches {batches} --checkpoint_every {max(1, batches // 4)}"
     for k, (script, flags) in enumerate(PIPELINE):
         left = kills // 4 if k < len(PIPELINE) - 1 else kills - killed
         while True:
-            processes = start(script, f"{flags} --limit_train_batches {batches}", output, ranks)
+            processes = start(script, f"{flags} {length}", output, ranks)
             if left:
                 patience = stream.uniform(0, 0.5)  # counted from when it has its folder
                 while processes[0].is_alive() and not _has_folder(processes[0], output):
