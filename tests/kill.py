@@ -53,10 +53,13 @@ def run_killed(output: Path, batches: int, ranks: int, kills: int, seed: int) ->
     for k, (script, flags) in enumerate(PIPELINE):
         left = kills // 4 if k < len(PIPELINE) - 1 else kills - killed
         while True:
+            began, patience = time.time(), stream.uniform(0, 0.5)
             processes = start(script, f"{flags} {length}", output, ranks)
             if left:
-                patience = stream.uniform(0, 0.5)  # counted from when it has its folder
-                while processes[0].is_alive() and not _has_folder(processes[0], output):
+                # Counted from when it has its folder or, every second time, from when it has saved.
+                while processes[0].is_alive() and not (
+                    _has_saved(output, began) if left % 2 else _has_folder(processes[0], output)
+                ):
                     time.sleep(0.01)
                 time.sleep(patience)
                 if processes[0].is_alive():
@@ -80,6 +83,13 @@ def _has_folder(process: Script, output: Path) -> bool:
         except (OSError, ValueError):  # just begun
             pass
     return False
+
+
+def _has_saved(output: Path, since: float) -> bool:
+    try:
+        return any(path.stat().st_mtime >= since for path in output.rglob("last.pth"))
+    except OSError:  # one is being replaced
+        return False
 
 
 def final_weights(output: Path) -> dict[str, torch.Tensor]:

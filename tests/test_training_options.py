@@ -136,6 +136,17 @@ def test_options_go_with_mixed_precision():
     assert 0 < relative_difference(exact.conv1.weight, mixed.conv1.weight) < 0.1
 
 
+def test_an_average_reads_the_channels_that_its_checkpoint_reads():
+    """What is not in the state dict, such as the indices of shortcuts, is not averaged."""
+    model = random_model("gateresnet20")
+    rebuilt = copy.deepcopy(model)
+    train, test = batches()
+    fit(model, train, test, replace(PLAIN, ema=0.9), CPU)
+    rebuilt.load_state_dict(model.state_dict())
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(model.eval()(images), rebuilt.eval()(images))
+
+
 FLAGS = ["--label_smoothing", "0.1", "--ema", "0.5", "--accumulate", "2"]
 DISTILL = ["--distill", "0.5", "--temperature", "2"]
 

@@ -98,7 +98,7 @@ class Trainer:
         if recipe.ema:
             runtime.for_evaluation(model)  # to the device, before it is copied
             # Running statistics are averaged like weights: no pass over the data to estimate them.
-            average = get_ema_multi_avg_fn(recipe.ema)
+            average = partial(_average, get_ema_multi_avg_fn(recipe.ema))
             self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
             self.live, self.average.module = self.average.module, model
         if recipe.distill:
@@ -197,6 +197,17 @@ class Trainer:
         finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
         if not torch.stack(finite).all():
             raise RunError(f"the weights are not finite after {where}: {DIVERGED}")
+
+
+def _average(
+    move: Callable[..., None], averages: list[Tensor], values: list[Tensor], count: Tensor
+) -> None:
+    """Move averages of one type; whole numbers, such as the indices of a shortcut, are copied."""
+    if averages[0].is_floating_point():
+        move(averages, values, count)
+    else:
+        for average, value in zip(averages, values, strict=True):
+            average.copy_(value)
 
 
 @dataclass(frozen=True)
