@@ -87,7 +87,7 @@ def refusal(action, *args):
 
 @contextmanager
 def without(permission, *paths):
-    """Nobody has it for these paths, and who is root, who may do everything, is another user."""
+    """Take a permission for these paths away. Root has every permission, so it becomes nobody."""
     modes, root = {path: path.stat().st_mode for path in paths}, os.geteuid() == 0
     for path, mode in modes.items():
         path.chmod(mode & ~permission)

@@ -162,3 +162,9 @@ def test_pruning_takes_no_more_memory_than_the_pass(net):
 def test_bad_input(argv, message):
     with pytest.raises(InputError, match=message):
         run(*argv)
+
+
+def test_a_flag_that_the_question_does_not_take_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["prune", "--batches", "3"])
+    assert "--batches goes with train, scale, not with prune" in capsys.readouterr().err

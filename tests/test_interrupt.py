@@ -24,7 +24,7 @@ LAST = "gateresnet20_folder/last.pth"
 
 
 def interrupted_at(moment, count, method, signum, *argv):
-    """Start training, which gets a signal, delivered twice, when it does something once more."""
+    """Start training. At the ``count``-th call of a callback method, a signal comes twice."""
     call, seen = getattr(RunCallback, method), []
 
     def interrupted(self, *args):
@@ -43,7 +43,7 @@ def interrupted_at(moment, count, method, signum, *argv):
 
 
 def test_a_signal_finishes_the_batch_and_saves(trained):
-    """In an evaluation, it saves the epoch before it."""
+    """A signal in an evaluation saves the state after the last batch."""
     argv = ["--output", "broken", "--resume"]
     interrupted_at((0, 2), 2, "after_batch", signal.SIGINT, *argv)
     interrupted_at((0, 3), 1, "while_evaluating", signal.SIGTERM, *argv)

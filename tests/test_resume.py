@@ -38,8 +38,8 @@ RUNS = {
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_continues_to_the_same_bits(trained, script):
-    """Batches of 8 of 18 images, saved after every other one, so also in mid-epoch. It dies before
-    anything is saved, in mid-epoch, and once more later.
+    """An epoch has three batches, and every second batch saves. The run dies before anything is
+    saved, then in mid-epoch, and then once more.
     """
     start = run_train if script.startswith("train") else run_gfbs
     argv = [*RUNS[script].split(), "--checkpoint_every", "2"]

@@ -96,13 +96,13 @@ def train_by(recipe, runtime=CPU):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Trained without an option, and a teacher that nobody has seen."""
+    """A network that was trained without an option, and a teacher that was not used."""
     return train_by(PLAIN)[1:]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_each_option_computes_what_a_plain_loop_does(options, plain):
-    """Which changes the weights, and not those of the teacher."""
+    """The option changes the weights of the network, and leaves those of the teacher alone."""
     recipe = replace(PLAIN, **options)
     before, model, teacher = train_by(recipe)
     assert relative_difference(plain[0].conv1.weight, model.conv1.weight) > 1e-3

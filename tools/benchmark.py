@@ -44,7 +44,7 @@ from utils.errors import InputError
 from utils.files import writable, write_json
 from utils.finetune import Trainer
 from utils.recipes import CIFAR_BASELINE
-from utils.run.launch import command_line, versions
+from utils.run.provenance import command_line, versions
 from utils.saliency import channel_saliency
 from utils.selection import Goal, select
 from utils.surgery import prune as prune_network
@@ -191,8 +191,9 @@ def exported(model: nn.Module, size: int, kind: str) -> export.Network:
 
 
 def scale(args: Args, runtime: Runtime, compare: Compare) -> Comparisons:
-    """One rank and two, which share every batch. On the CPU, a rank has one thread; and one rank
-    with two threads.
+    """One rank against two that share every batch.
+
+    On the CPU a rank has one thread, and one rank with two threads is measured beside them.
     """
     replace(runtime, world_size=RANKS).share(args.bs, "--bs")
     if runtime.device.type != "cpu" and torch.cuda.device_count() < RANKS:
@@ -230,6 +231,13 @@ def _rank(rank: int, args: Args, device: str, compare: Compare, folder: str) -> 
 
 
 QUESTIONS = {"data": data, "train": train, "prune": prune, "gain": gain, "scale": scale}
+USED_BY = {  # flags that some questions do not take
+    **dict.fromkeys(("images", "folder", "workers"), ("data",)),
+    **dict.fromkeys(("net", "image_size"), ("train", "prune", "gain", "scale")),
+    "batches": ("train", "scale"),
+    "no_compile": ("train",),
+    "macs": ("gain",),
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
@@ -251,7 +259,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     add("--no_compile", action="store_true", help="leave the compiled ones out (train)")
     add("--macs", type=share, default=0.5, help="share of the multiply-adds that stays (gain)")
     add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, questions in USED_BY.items():
+        if args.question not in questions and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} goes with {', '.join(questions)}, not with {args.question}")
+    return args
 
 
 def main(args: Args) -> dict[str, Any]:

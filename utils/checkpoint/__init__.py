@@ -242,10 +242,7 @@ ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number of at least 0", lambda value: _is_whole(value, 0)),
     "source": ("text or None", lambda value: value is None or _is_text(value)),
     "accuracy": ("a finite number or None", lambda value: value is None or _is_finite(value)),
-    "classes": (
-        "a list of names",
-        _are_names,
-    ),
+    "classes": ("a list of names", _are_names),
     "normalisation": ("mean and std of 3 finite numbers, std above 0", _is_normalisation),
     "config": ("a mapping of plain values", _is_config),
 }

@@ -1,4 +1,4 @@
-"""The flags of the scripts, one a line or with its help on the next. See also settings.py."""
+"""The flags of the scripts. What follows from them is in settings.py."""
 
 from __future__ import annotations
 

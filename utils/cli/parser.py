@@ -1,4 +1,4 @@
-"""A parser that answers bad input with one line, --config, checked values; how a script ends."""
+"""Command lines: one line for bad input, --config, checked values, and how a script ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from utils.distributed import leave, lost_a_rank
 from utils.errors import InputError, Interrupted, RunError
 from utils.run import launch
 from utils.run.existing import BEFORE, read_dict
-from utils.run.launch import SIGNALS, program
+from utils.run.provenance import program
+from utils.run.signals import SIGNALS
 
 KILLED = (
     "a data worker was killed, perhaps because memory ran out; use fewer --workers or smaller"

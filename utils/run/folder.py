@@ -22,11 +22,13 @@ from utils.errors import InputError, Interrupted, RunError
 from utils.files import remove_leftovers, writable, write_bytes, write_json, write_text
 from utils.finetune import Callback, Epoch
 from utils.pruning import PruningPlan
-from utils.run import existing, launch
+from utils.run import existing
 from utils.run.existing import RunSettings, find_last, find_run, locked
-from utils.run.launch import SIGNALS, command_line, versions
+from utils.run.launch import STARTED
+from utils.run.provenance import command_line, resume_line, versions
 from utils.run.record import Record
 from utils.run.rounds import Round, RunState, place_of
+from utils.run.signals import SIGNALS
 from utils.run.tensorboard import TensorBoardLog
 
 
@@ -66,7 +68,7 @@ class RunFolder:
                 self._last = load_checkpoint(path, self.settings.net)
             self._opened.enter_context(self.signals.handled())
             self.log(f"$ {command_line()}")
-            if how := os.environ.get(launch.STARTED):
+            if how := os.environ.get(STARTED):
                 self.log(how)
             if repeats:
                 changed = existing.differences(earlier or {}, self.config)
@@ -76,7 +78,7 @@ class RunFolder:
                 yield self
             except Interrupted as stop:
                 only_now = "--checkpoint" if self.settings.checkpoint else ""
-                stop.resume_with = launch.resume_line(only_now, self.runtime.world_size)
+                stop.resume_with = resume_line(only_now, self.runtime.world_size)
                 raise
 
     def _open(self) -> Path | None:

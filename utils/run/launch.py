@@ -1,33 +1,26 @@
-"""Processes: one per GPU, the signals that stop them, their exit codes, and how to start again."""
+"""Start a script once per GPU, by torch's elastic launcher: torchrun without typing it."""
 
 from __future__ import annotations
 
 import logging
 import os
-import platform
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 import torch
 
 from utils.distributed import Runtime, find_devices
-from utils.errors import InputError, Interrupted
+from utils.errors import InputError
+from utils.run.signals import ONE_SIGNAL
 
 # In the environment: a line for the log, and where the first failed rank leaves its exit code.
 STARTED, ROOT_CAUSE = "GFBS_STARTED", "GFBS_ROOT_CAUSE"
 PATIENCE = 600  # seconds after a signal until SIGKILL; ranks finish a batch and save a checkpoint
-ONE_SIGNAL = 1  # seconds in which a second signal is the same one, delivered twice
 
 
 def processes(
@@ -123,103 +116,3 @@ def is_root_cause(code: int) -> bool:
     except (KeyError, OSError):
         pass  # no rank of ``start``, or nowhere to write
     return True
-
-
-class Signals:
-    """SIGINT and SIGTERM: they raise ``Interrupted`` or, in ``deferred``, only set ``received``."""
-
-    def __init__(self):
-        self.received = 0  # number of the first signal; 0 before it
-        self._since, self._deferring = 0.0, False  # since when, by time.monotonic
-        self._afterwards: dict[int, object] = {}  # the handlers after the context
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle the signals in this context. One within it, or in a thread, changes nothing."""
-        if self._afterwards or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.received = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._afterwards[signum] = signal.signal(signum, self._handle)
-        try:
-            yield
-        finally:
-            for signum, handler in self._afterwards.items():
-                signal.signal(signum, handler)
-            self._afterwards.clear()
-
-    def ignore_afterwards(self) -> None:
-        """Ignore signals after ``handled``: they would change the exit code of what has ended."""
-        self._afterwards = dict.fromkeys(self._afterwards, signal.SIG_IGN)
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """In this context a first signal only sets ``received``; a second one stops at once."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
-            if time.monotonic() - self._since > ONE_SIGNAL:
-                os._exit(128 + signum)
-            return
-        # Set in any case: Python swallows exceptions in __del__, and then the loop checks this.
-        self.received, self._since = signum, time.monotonic()
-        if not self._deferring:
-            raise Interrupted(signum)
-        if os.environ.get("RANK", "0") == "0":
-            what = "stopping after this batch; once more to stop at once"
-            print(what, file=sys.stderr, flush=True)
-
-
-SIGNALS = Signals()  # the only one of the process
-
-
-def program() -> list[str]:
-    """How this process was started: the path of a script, or ``-m`` and a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-
-
-def python() -> str:
-    """The command that starts this Python: "python" if the PATH leads to it, else its path."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    near = os.path.relpath(sys.executable)
-    return sys.executable if near.startswith(os.pardir) else near
-
-
-def command_line() -> str:
-    """The command that started this process."""
-    return shlex.join(["python", *program(), *sys.argv[1:]])
-
-
-def resume_line(only_now: str, ranks: int) -> str:
-    """The command that continues this run from its folder, without the flag ``only_now``."""
-    if ranks > 1 and ROOT_CAUSE not in os.environ:
-        without = f" without {only_now}" if only_now else ""
-        return f"the same torchrun command{without} and --resume"
-    words, rest = [], iter(sys.argv[1:])
-    for word in rest:
-        if word == only_now:
-            next(rest, None)  # its value
-        elif word.partition("=")[0] not in ("--resume", "-r", "--overwrite", only_now):
-            words.append(word)
-    return shlex.join([python(), *program(), *words, "--resume"])
-
-
-def versions() -> dict[str, str | int | None]:
-    """Of the software; the commit is None without git, and outside a repository."""
-    folder = Path(__file__).parents[2] / ".git"
-    command = ["git", f"--git-dir={folder}", "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    known = {"commit": commit, "python": platform.python_version()}
-    known |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    return known | {"torchvision": version("torchvision")}
