@@ -10,7 +10,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: .venv/installed ## train, prune and fine-tune a small network: minutes on two CPU cores, no data needed
-	$(BIN)/python train.py $(DEMO) --epochs 10 --lr 0.05 --overwrite
+	$(BIN)/python train.py $(DEMO) --epochs 10 --lr 0.05 --cosine --overwrite
 	$(BIN)/python gfbs_cifar.py $(DEMO) --epochs 5 --p 0.5 --overwrite
 
 test: .venv/installed-dev ## check the format and run the whole test suite
